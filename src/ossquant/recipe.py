@@ -1,0 +1,130 @@
+"""Recipe: which scheme each role gets, from TOML or by name."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ossquant.errors import UsageError
+from ossquant.layout import Role
+from ossquant.scheme import BLOCK_SIZES, BNB_FORMATS, FORMATS, Scheme
+from ossquant.units import nearest
+
+BF16 = Scheme("bf16")
+# What each role may become. Router, norms and biases are under 0.2 % of the bytes and stay bf16.
+CHOICES: Mapping[Role, tuple[str, ...]] = MappingProxyType(
+    {
+        Role.ATTENTION: ("bf16", *BNB_FORMATS),
+        Role.EXPERTS: FORMATS,
+        Role.EMBEDDING: ("bf16",),
+        Role.LM_HEAD: ("bf16",),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A name, why one would want it, and a scheme a role; a role not named stays bf16."""
+
+    name: str
+    why: str
+    schemes: Mapping[Role, Scheme]
+
+    def scheme(self, role: Role) -> Scheme:
+        """The scheme of a role's tensors."""
+        return self.schemes.get(role, BF16)
+
+    def with_double_quant(self, double_quant: bool) -> "Recipe":
+        """The same recipe with its nf4 and fp4 absmax in 8 bits, or in fp32."""
+        schemes = {
+            role: replace(scheme, double_quant=double_quant) if scheme.is_bnb else scheme
+            for role, scheme in self.schemes.items()
+        }
+        return replace(self, schemes=schemes)
+
+
+def _uniform(name: str, experts: str, attention: str, why: str) -> Recipe:
+    return Recipe(name, why, {Role.EXPERTS: Scheme(experts), Role.ATTENTION: Scheme(attention)})
+
+
+# Weight errors: relative Frobenius norm against the MXFP4 source on synthetic data, README "What a format costs".
+BUILT_IN = {
+    recipe.name: recipe
+    for recipe in (
+        _uniform("hybrid", "mxfp4", "nf4", "the experts keep their published MXFP4 bytes, attention goes to NF4: "
+                 "smallest change to the model; needs ossquant (or stock MXFP4) to run"),
+        _uniform("nf4", "nf4", "nf4", "everything that is large becomes bitsandbytes NF4: 3 % smaller than published, "
+                 "about 7 % added error on the expert weights; for QLoRA and stacks without MXFP4"),
+        _uniform("fp4", "fp4", "fp4", "as nf4 with bitsandbytes FP4: same size, about 8 % added error; "
+                 "only where FP4 is asked for"),
+        _uniform("bf16", "bf16", "bf16", "nothing in 4 bits, the layout that transformers writes: "
+                 "three times the bytes, no further loss; for training and export"),
+    )
+}  # fmt: skip
+
+
+def built_in(name: str) -> Recipe:
+    """Find a recipe by its scheme name. Raises UsageError naming the nearest."""
+    if name == "int4":
+        raise UsageError(
+            "int4 is not made yet",
+            hint="bitsandbytes has no INT4; it will be group-wise (32, symmetric) compressed-tensors for vLLM; "
+            "until then use nf4 or hybrid",
+        )
+    if name not in BUILT_IN:
+        raise UsageError(f"unknown scheme '{name}'", hint=nearest(name, BUILT_IN))
+    return BUILT_IN[name]
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe file; every key must be known. Raises UsageError."""
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"no recipe at {path}") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not readable as TOML: {error}") from error
+    return parse_recipe(table, where=path.name)
+
+
+def parse_recipe(table: Mapping[str, Any], where: str) -> Recipe:
+    """Build a Recipe from its TOML table; where names it in errors."""
+    _check_keys(table, ("name", "why", *CHOICES), where)
+    for key in ("name", "why"):
+        if not isinstance(table.get(key), str) or not table[key]:
+            raise UsageError(f"{where}: '{key}' must be a text", hint=f'{key} = "…"')
+    schemes = {role: _scheme(table[role], role, where) for role in CHOICES if role in table}
+    if not schemes:
+        raise UsageError(f"{where}: no role has a scheme", hint=f"name one of {', '.join(CHOICES)}")
+    recipe = Recipe(table["name"], table["why"], schemes)
+    if recipe.scheme(Role.EXPERTS).is_bnb and not recipe.scheme(Role.ATTENTION).is_bnb:
+        # 4-bit attention is what stock transformers stumbles over; without it, it would load random experts
+        raise UsageError(
+            f"{where}: experts in {recipe.scheme(Role.EXPERTS).format} need attention in nf4 or fp4",
+            hint='add [attention] format = "nf4"',
+        )
+    return recipe
+
+
+def _scheme(table: object, role: Role, where: str) -> Scheme:
+    if not isinstance(table, dict) or not isinstance(table.get("format"), str):
+        raise UsageError(f"{where}: [{role}] needs a format", hint=f"one of {', '.join(CHOICES[role])}")
+    chosen = table["format"]
+    if chosen not in CHOICES[role]:
+        raise UsageError(f"{where}: [{role}] cannot be '{chosen}'", hint=nearest(chosen, CHOICES[role]))
+    tunable = ("block_size", "double_quant") if chosen in BNB_FORMATS else ()
+    _check_keys(table, ("format", *tunable), f"{where}: [{role}]")
+    scheme = Scheme(chosen, table.get("block_size", 64), table.get("double_quant", True))
+    if scheme.block_size not in BLOCK_SIZES or type(scheme.block_size) is not int:
+        raise UsageError(f"{where}: [{role}] block_size must be 32 or 64, not {scheme.block_size!r}")
+    if not isinstance(scheme.double_quant, bool):
+        raise UsageError(f"{where}: [{role}] double_quant must be true or false")
+    return scheme
+
+
+def _check_keys(table: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in table:
+        if key not in known:
+            raise UsageError(f"{where}: unknown key '{key}'", hint=nearest(key, known))
