@@ -1,0 +1,1 @@
+"""Safetensors checkpoints as streams: read by header, written header first."""

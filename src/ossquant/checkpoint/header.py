@@ -1,0 +1,132 @@
+"""The header of a safetensors file: untrusted when read, aligned when written."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ossquant.errors import CheckpointError
+from ossquant.scheme import ITEMSIZE, StoredTensor
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_JSON_BYTES = 100_000_000
+DATA_ALIGNMENT = 4096  # a page, so that a reader may map or O_DIRECT the data
+# dtypes a file may hold; those outside ITEMSIZE are refused where a tensor is used, not where it is listed
+_DTYPE_SIZES = ITEMSIZE | {"BOOL": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2,
+                           "F16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8, "F64": 8}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A stored tensor and where its bytes begin in its file."""
+
+    tensor: StoredTensor
+    offset: int
+
+
+def read_header(path: Path) -> list[Placed]:
+    """Read and check the header of a safetensors file: its tensors must fill the file exactly.
+
+    Raises CheckpointError for anything that the format does not allow.
+    Source: the safetensors format description, 0.5.
+    """
+    file_size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if file_size < 8 or length > min(file_size - 8, MAX_HEADER_BYTES):
+            _refuse(path, f"header of {length} bytes in a file of {file_size}")
+        entries = parse_json(file.read(length), path.name)
+    entries.pop("__metadata__", None)
+    begin = 8 + length
+    placed = sorted((_entry(name, value, path, begin) for name, value in entries.items()), key=_place)
+    end = begin
+    for entry in placed:
+        if entry.offset != end:
+            _refuse(path, f"tensor '{_short(entry.tensor.name)}' overlaps another or leaves a gap")
+        end += _nbytes(entry.tensor)
+    if end != file_size:
+        state = "truncated" if end > file_size else "longer than its header says"
+        raise CheckpointError(f"{path.name}: {file_size} of {end} bytes, {state}", hint="fetch this file again")
+    return placed
+
+
+def _place(entry: Placed) -> tuple[int, int]:
+    # an empty tensor may begin where the next one does
+    return entry.offset, _nbytes(entry.tensor)
+
+
+def _entry(name: str, value: object, path: Path, begin: int) -> Placed:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        _refuse(path, f"tensor '{_short(name)}' is not described by dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if dtype not in _DTYPE_SIZES:
+        _refuse(path, f"tensor '{_short(name)}' has unknown dtype {_short(dtype)!r}")
+    if not _naturals(shape) or len(shape) > 8 or prod(shape) > 2**48:
+        _refuse(path, f"tensor '{_short(name)}' has an impossible shape")
+    if not _naturals(offsets) or len(offsets) != 2:
+        _refuse(path, f"tensor '{_short(name)}' has impossible data_offsets")
+    tensor = StoredTensor(name, dtype, tuple(shape))
+    if offsets[1] - offsets[0] != _nbytes(tensor):
+        _refuse(path, f"tensor '{_short(name)}' has {offsets[1] - offsets[0]} bytes, its shape {_nbytes(tensor)}")
+    return Placed(tensor, begin + offsets[0])
+
+
+def _nbytes(tensor: StoredTensor) -> int:
+    return prod(tensor.shape) * _DTYPE_SIZES[tensor.dtype]
+
+
+def _naturals(values: object) -> bool:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
+
+
+def _short(text: object) -> str:
+    return str(text)[:120]
+
+
+def _refuse(path: Path, what: str) -> NoReturn:
+    raise CheckpointError(f"{path.name}: {what}", hint="this is not a sound safetensors file; fetch it again")
+
+
+def parse_json(raw: bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object from an untrusted file: no duplicate keys, no deep nesting. Raises CheckpointError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            raise CheckpointError(f"{where}: a key stands there twice", hint="fetch this file again")
+        return table
+
+    try:
+        value = json.loads(raw, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise CheckpointError(f"{where}: not JSON: {reason}", hint="fetch this file again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: not a JSON object", hint="fetch this file again")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from an untrusted file of a sensible size. Raises CheckpointError."""
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path.name}: larger than any such file is", hint="fetch this file again")
+    return parse_json(path.read_bytes(), path.name)
+
+
+def build_header(tensors: Sequence[StoredTensor], metadata: dict[str, str]) -> tuple[bytes, list[Placed]]:
+    """Lay tensors out one behind the other; gives the bytes before the data, and each tensor's place.
+
+    The caller orders them by falling itemsize, so that every tensor is aligned to its own.
+    """
+    begin, relative, table = 0, [], {"__metadata__": metadata}
+    for tensor in tensors:
+        end = begin + tensor.nbytes
+        table[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (begin, end)}  # type: ignore[assignment,dict-item]
+        relative.append((tensor, begin))
+        begin = end
+    text = json.dumps(table, separators=(",", ":")).encode()
+    length = -(-(8 + len(text)) // DATA_ALIGNMENT) * DATA_ALIGNMENT - 8
+    header = length.to_bytes(8, "little") + text.ljust(length)
+    return header, [Placed(tensor, len(header) + offset) for tensor, offset in relative]

@@ -1,0 +1,179 @@
+"""A checkpoint folder: its config, the place of every tensor, and their bytes."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ossquant.checkpoint.header import Placed, read_header, read_json
+from ossquant.errors import CheckpointError, UsageError
+from ossquant.plan import Plan, read_plan
+from ossquant.scheme import StoredTensor
+from ossquant.spec import ModelSpec
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+JOB = "ossquant-job.json"  # stands in a folder while it is being written
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+HUB_SKIPPED = ("original/*", "metal/*")  # the same weights in two other layouts
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a tensor's bytes lie."""
+
+    path: Path
+    placed: Placed
+
+
+class Checkpoint:
+    """An opened checkpoint. Reading is thread-safe; use it as a context manager to close its files."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], locations: Mapping[str, Location]) -> None:
+        self.folder = folder
+        self.config = config
+        self.locations = locations
+        self._files: dict[Path, int] = {}
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """The model's dimensions."""
+        return ModelSpec.from_config(self.config)
+
+    @cached_property
+    def stored(self) -> dict[str, StoredTensor]:
+        """The stored tensors by name."""
+        return {name: location.placed.tensor for name, location in self.locations.items()}
+
+    @cached_property
+    def plan(self) -> Plan:
+        """How the checkpoint stores its model; reading it checks that nothing is missing. Raises CheckpointError."""
+        return read_plan(self.spec, self.stored)
+
+    @property
+    def files(self) -> list[Path]:
+        """The safetensors files, sorted."""
+        return sorted({location.path for location in self.locations.values()})
+
+    def read_into(self, name: str, buffer: memoryview, offset: int = 0) -> None:
+        """Fill buffer with a tensor's bytes from offset on. Raises CheckpointError if the file has shrunk."""
+        location = self.locations[name]
+        file = self._open(location.path)
+        position = location.placed.offset + offset
+        while buffer:
+            try:
+                done = os.preadv(file, [buffer], position)
+            except OSError as error:
+                raise CheckpointError(f"{location.path.name}: {error.strerror}", hint="check the disk") from error
+            if not done:
+                raise CheckpointError(f"{location.path.name}: ends inside '{name}'", hint="fetch this file again")
+            buffer, position = buffer[done:], position + done
+
+    def _open(self, path: Path) -> int:
+        if path not in self._files:
+            try:
+                self._files[path] = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                raise CheckpointError(f"{path}: {error.strerror}", hint="the source must stay in place") from error
+        return self._files[path]
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Open a local folder or a hub id by its headers alone. Raises UsageError, CheckpointError."""
+    folder = resolve(source)
+    if (folder / JOB).exists():
+        raise CheckpointError(
+            f"{folder}: an unfinished job, not a checkpoint", hint="run its `ossquant quantize` again to finish it"
+        )
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no config.json", hint="a checkpoint is a folder with config.json")
+    config = read_json(folder / "config.json")
+    ModelSpec.from_config(config)
+    return Checkpoint(folder, config, _locate(folder))
+
+
+def _locate(folder: Path) -> dict[str, Location]:
+    if (folder / INDEX).is_file():
+        weight_map = _weight_map(folder)
+        shards = sorted(set(weight_map.values()))
+    elif (folder / SINGLE).is_file():
+        weight_map, shards = None, [SINGLE]
+    else:
+        raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX}", hint="only safetensors are read")
+    locations: dict[str, Location] = {}
+    for shard in shards:
+        path = folder / shard
+        if not path.is_file():
+            raise CheckpointError(f"{shard}: named in {INDEX}, not in {folder}", hint="fetch this file")
+        for placed in read_header(path):
+            name = placed.tensor.name
+            if name in locations:
+                raise CheckpointError(f"{shard}: '{name}' stands in another file too", hint="fetch the checkpoint again")
+            locations[name] = Location(path, placed)
+    if weight_map is not None:
+        _compare(weight_map, locations)
+    return locations
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    table = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise CheckpointError(f"{INDEX}: no weight_map", hint="fetch this file again")
+    for shard in set(map(str, table.values())):
+        if not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+            raise CheckpointError(f"{INDEX}: '{shard[:120]}' is not a file name beside it", hint="do not trust this checkpoint")
+    return {name: str(shard) for name, shard in table.items()}
+
+
+def _compare(weight_map: dict[str, str], locations: Mapping[str, Location]) -> None:
+    for name, shard in weight_map.items():
+        if name not in locations or locations[name].path.name != shard:
+            raise CheckpointError(f"{shard}: '{name}' is not in it, {INDEX} says it is", hint="fetch this file again")
+    extra = next((name for name in locations if name not in weight_map), None)
+    if extra:
+        raise CheckpointError(f"{INDEX}: does not name '{extra}' of {locations[extra].path.name}", hint="fetch it again")
+
+
+def resolve(source: str | Path) -> Path:
+    """Find a checkpoint's folder; a hub id is fetched, or taken from the cache when offline. Raises UsageError."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UsageError(f"{path} is a file, not a checkpoint folder", hint=f"try {path.parent}")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+        raise UsageError(f"no checkpoint at {source}", hint="give a folder, or a hub id such as openai/gpt-oss-20b")
+    return _fetch(str(source))
+
+
+def _fetch(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIPPED))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise UsageError(
+            f"no folder '{repo_id}', and the hub has not given it: {_first_line(error)}",
+            hint=f"when online: hf download {repo_id}",
+        ) from error
+    except HfHubHTTPError as error:  # pragma: no cover - subclass of OSError in today's versions
+        raise UsageError(f"the hub refuses '{repo_id}': {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,256 @@
+"""Write a checkpoint into a folder so that it appears whole or not at all.
+
+Every byte's place is known beforehand. Shards grow under a `.partial` name and in any order of pieces; a
+journal, ossquant-job.json, lists those that are done. When all are, they get their names, then the index,
+then config.json: without it no reader takes the folder for a checkpoint.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ossquant.checkpoint.header import Placed, build_header
+from ossquant.checkpoint.reader import INDEX, JOB, SINGLE
+from ossquant.errors import CheckpointError, DoesNotFitError, UsageError
+from ossquant.plan import Plan
+from ossquant.scheme import ITEMSIZE, StoredTensor
+from ossquant.units import size
+
+METADATA = {"format": "pt"}  # transformers asks for it
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file to be: its header, and the place of each of its tensors."""
+
+    name: str
+    header: bytes
+    placed: tuple[Placed, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        last = self.placed[-1]
+        return last.offset + last.tensor.nbytes
+
+
+def plan_shards(plan: Plan, max_shard_size: int) -> list[Shard]:
+    """Spread a plan's tensors over files of at most max_shard_size bytes of data, a tensor whole where it fits."""
+    groups: list[list[StoredTensor]] = [[]]
+    filled = 0
+    for entry in plan.tensors:
+        pieces = [entry.stored] if entry.nbytes <= max_shard_size else [(part,) for part in entry.stored]
+        for piece in pieces:
+            nbytes = sum(part.nbytes for part in piece)
+            if groups[-1] and filled + nbytes > max_shard_size:
+                groups.append([])
+                filled = 0
+            groups[-1] += piece
+            filled += nbytes
+    names = [SINGLE] if len(groups) == 1 else [
+        f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))
+    ]  # fmt: skip
+    return [_shard(name, group) for name, group in zip(names, groups, strict=True)]
+
+
+def _shard(name: str, tensors: Sequence[StoredTensor]) -> Shard:
+    # by falling itemsize every tensor is aligned, which torch asks of a mapped tensor
+    header, placed = build_header(sorted(tensors, key=lambda t: -ITEMSIZE[t.dtype]), METADATA)
+    return Shard(name, header, tuple(placed))
+
+
+class CheckpointWriter:
+    """Takes pieces of tensors from any thread; `commit` makes the folder a checkpoint.
+
+    identity describes the job (source, recipe, versions): only a job with the same one is resumed.
+    Leaving the context without commit keeps what is done for the next run.
+    """
+
+    def __init__(self, folder: Path, shards: Sequence[Shard], identity: Mapping[str, Any], *, force: bool) -> None:
+        self.folder = folder
+        self.shards = shards
+        self._identity = _digest(identity, shards)
+        self._force = force
+        self._lock = threading.Lock()
+        self._places = {placed.tensor.name: (shard, placed) for shard in shards for placed in shard.placed}
+        self._files: dict[str, int] = {}
+        self._done: set[str] = set()
+        self._left = {shard.name: sum(p.tensor.nbytes for p in shard.placed) for shard in shards}
+
+    def __enter__(self) -> "CheckpointWriter":
+        self._claim()
+        for shard in self.shards:
+            if shard.name not in self._done:
+                self._open(shard)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+    def needs(self, name: str) -> bool:
+        """Whether a tensor's file is still to be written."""
+        return self._places[name][0].name not in self._done
+
+    def write(self, name: str, data: memoryview, offset: int = 0) -> None:
+        """Write a piece of a tensor, each byte once. Raises DoesNotFitError when the disk is full."""
+        shard, placed = self._places[name]
+        position, view = placed.offset + offset, data
+        try:
+            while view:
+                done = os.pwrite(self._files[shard.name], view[: 1 << 20], position)
+                view, position = view[done:], position + done
+        except OSError as error:
+            raise _disk_error(error, self.folder) from error
+        with self._lock:
+            self._left[shard.name] -= len(data)
+            finished = not self._left[shard.name]
+        if finished:
+            self._finish(shard)
+
+    def commit(self, config: Mapping[str, Any], total_size: int, side_files: Iterable[Path]) -> None:
+        """Give everything its name, config.json last. Raises CheckpointError if a shard is not whole."""
+        unfinished = [shard.name for shard in self.shards if shard.name not in self._done]
+        if unfinished:
+            raise CheckpointError(f"{unfinished[0]}: not all of it was written", hint="run the command again")
+        try:
+            for stale in (self.folder / "config.json", self.folder / INDEX):
+                stale.unlink(missing_ok=True)
+            for shard in self.shards:
+                partial = self._partial(shard.name)
+                if partial.exists():  # else a commit that was cut short has named it
+                    partial.replace(self.folder / shard.name)
+            self._remove_strangers()
+            for path in side_files:
+                _write_whole(self.folder / path.name, path.read_bytes())
+            if len(self.shards) > 1:
+                _write_whole(self.folder / INDEX, self._index(total_size))
+            _write_whole(self.folder / "config.json", json.dumps(config, indent=2).encode() + b"\n")
+            (self.folder / JOB).unlink()
+            _sync_folder(self.folder)
+        except OSError as error:
+            raise _disk_error(error, self.folder) from error
+
+    def _claim(self) -> None:
+        """Make the folder ours: new, resumed, or with --force."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"{self.folder} is a file", hint="choose another OUTPUT")
+        job = self.folder / JOB
+        journal = _read_journal(job)
+        ours = journal.get("identity") == self._identity
+        if not ours and not self._force and self.folder.is_dir() and any(self.folder.iterdir()):
+            what = "holds another unfinished job" if job.exists() else "exists and is not empty"
+            raise UsageError(f"{self.folder} {what}", hint="choose another OUTPUT, or --force to replace it")
+        self._done = {s.name for s in self.shards if ours and s.name in journal["done"] and self._is_whole(s)}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for stale in self.folder.glob("*.partial"):
+                if stale.name.removesuffix(".partial") not in self._done:
+                    stale.unlink()
+            self._check_room()
+            self._save_journal()
+        except OSError as error:
+            raise _disk_error(error, self.folder) from error
+
+    def _is_whole(self, shard: Shard) -> bool:
+        for path in (self._partial(shard.name), self.folder / shard.name):
+            if path.is_file() and path.stat().st_size == shard.nbytes:
+                with path.open("rb") as file:
+                    return file.read(len(shard.header)) == shard.header
+        return False
+
+    def _check_room(self) -> None:
+        needed = sum(shard.nbytes for shard in self.shards if shard.name not in self._done)
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise DoesNotFitError(
+                f"{self.folder}: {size(needed)} are to be written, {size(free)} are free",
+                hint="free some space or choose another disk",
+            )
+
+    def _open(self, shard: Shard) -> None:
+        try:
+            file = os.open(self._partial(shard.name), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            self._files[shard.name] = file
+            os.pwrite(file, shard.header, 0)
+        except OSError as error:
+            raise _disk_error(error, self.folder) from error
+
+    def _finish(self, shard: Shard) -> None:
+        try:
+            os.fsync(self._files[shard.name])
+            with self._lock:
+                self._done.add(shard.name)
+                self._save_journal()
+        except OSError as error:
+            raise _disk_error(error, self.folder) from error
+
+    def _save_journal(self) -> None:
+        journal = {"identity": self._identity, "done": sorted(self._done)}
+        _write_whole(self.folder / JOB, json.dumps(journal).encode())
+
+    def _partial(self, name: str) -> Path:
+        return self.folder / f"{name}.partial"
+
+    def _remove_strangers(self) -> None:
+        """Remove the weights of a checkpoint that --force replaces."""
+        ours = {shard.name for shard in self.shards}
+        for path in self.folder.glob("*.safetensors"):
+            if path.name not in ours:
+                path.unlink()
+
+    def _index(self, total_size: int) -> bytes:
+        weight_map = {name: shard.name for name, (shard, _) in self._places.items()}
+        return json.dumps({"metadata": {"total_size": total_size}, "weight_map": weight_map}, indent=2).encode()
+
+
+def _digest(identity: Mapping[str, Any], shards: Sequence[Shard]) -> str:
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    for shard in shards:
+        digest.update(shard.name.encode() + shard.header)
+    return digest.hexdigest()
+
+
+def _read_journal(path: Path) -> dict[str, Any]:
+    try:
+        journal = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    sound = isinstance(journal, dict) and isinstance(journal.get("done"), list)
+    return journal if sound else {}
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Write a small file beside its place, then rename it there."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _disk_error(error: OSError, folder: Path) -> DoesNotFitError | UsageError:
+    import errno
+
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DoesNotFitError(f"{folder}: the disk is full", hint="free some space, then run the command again")
+    return UsageError(f"{folder}: {error.strerror or error}", hint="OUTPUT must be a folder you may write to")

@@ -1,0 +1,155 @@
+"""NF4 and FP4: bitsandbytes' 4-bit types, one absmax for each block of 32 or 64 weights.
+
+Output is bit-identical to bitsandbytes' quantize_4bit on a CPU, many times faster. From MXFP4 no weight is
+ever expanded: a code depends only on the block's largest code, the distance of the two scales and the source
+byte, so a table maps each source byte to a target byte.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import numba as nb
+import numpy as np
+import numpy.typing as npt
+
+from ossquant.codec import mxfp4, nested
+from ossquant.codec.mxfp4 import Bf16Bits, Bytes
+from ossquant.scheme import Scheme
+
+Floats = npt.NDArray[np.float32]
+
+# The value of each code, as bitsandbytes has them. Sources: QLoRA, arXiv:2305.14314 (nf4); the float with two
+# exponent bits and one mantissa bit, over its largest (fp4).
+CODEBOOK: Mapping[str, Floats] = {
+    "nf4": np.array([-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+                     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+                     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+                     0.7229568362236023, 1.0], np.float32),
+    "fp4": np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32)
+    / np.float32(12),
+}  # fmt: skip
+
+_TINY = np.float32(1e-38)  # bitsandbytes' floor under an absmax that it divides by
+_GAP_MIN, _GAP_MAX = -5, 40  # scale distances the table knows; beyond the last every weight is next to zero
+_SAFE_SCALES = (40, 240)  # between them no product of the table's arithmetic leaves the normal floats
+
+
+def quantize(rows: Bf16Bits, scheme: Scheme, name: str = "tensor") -> dict[str, npt.NDArray[Any]]:
+    """Quantize a matrix. rows (out, in) bits of bf16.
+
+    Returns the parts by suffix, as in Scheme.stored. Raises CheckpointError for NaN and infinity.
+    """
+    flat = np.ascontiguousarray(rows).reshape(-1)
+    codes, absmax = np.empty(flat.size // 2, np.uint8), np.empty(flat.size // scheme.block_size, np.float32)
+    midpoints, order = _bounds(scheme.format)
+    _quantize(flat, scheme.block_size, midpoints, order, codes, absmax)
+    if not np.isfinite(absmax).all():
+        mxfp4.raise_not_finite(name)
+    return _parts(codes, absmax, scheme, (rows.shape[0], rows.shape[1]))
+
+
+def transcode(blocks: Bytes, scales: Bytes, scheme: Scheme, name: str = "tensor") -> dict[str, npt.NDArray[Any]]:
+    """Quantize an MXFP4 matrix: blocks (out, G, 16) and scales (out, G), uint8. Returns what `quantize` does."""
+    mxfp4.check_scales(scales, name)
+    low, high = (int(scales.min()), int(scales.max())) if scales.size else (127, 127)
+    if low < _SAFE_SCALES[0] or high > _SAFE_SCALES[1] or high - low > 100:
+        return quantize(mxfp4.dequantize(blocks, scales, name), scheme, name)
+    rows, groups = scales.shape
+    codes = np.empty(blocks.size, np.uint8)
+    absmax = np.empty(scales.size * 32 // scheme.block_size, np.float32)
+    table = _byte_table(scheme.format)
+    _transcode(blocks.reshape(-1), scales.reshape(-1), scheme.block_size // 32, table, mxfp4.MAGNITUDES, codes, absmax)
+    return _parts(codes, absmax, scheme, (rows, groups * 32))
+
+
+def dequantize(codes: Bytes, absmax: Floats, scheme: Scheme) -> Floats:
+    """Expand codes (n / 2, ...) and absmax (n / block,) to float32 (n,)."""
+    book = CODEBOOK[scheme.format]
+    flat = codes.reshape(-1)
+    values = np.stack([book[flat >> 4], book[flat & 15]], axis=-1).reshape(-1, scheme.block_size)
+    expanded: Floats = (values * absmax[:, None]).reshape(-1)
+    return expanded
+
+
+def _parts(codes: Bytes, absmax: Floats, scheme: Scheme, shape: tuple[int, int]) -> dict[str, npt.NDArray[Any]]:
+    parts: dict[str, npt.NDArray[Any]] = {"": codes.reshape(-1, 1), ".quant_map": CODEBOOK[scheme.format]}
+    offset = 0.0
+    if scheme.double_quant:
+        parts[".absmax"], parts[".nested_absmax"], offset = nested.quantize(absmax)
+        parts[".nested_quant_map"] = nested.dynamic_map()
+    else:
+        parts[".absmax"] = absmax
+    parts[f".{scheme.state_name}"] = np.frombuffer(scheme.quant_state(shape, offset), np.uint8)
+    return parts
+
+
+@cache
+def _bounds(quant_type: str) -> tuple[Floats, Bytes]:
+    """The 15 midpoints between neighbouring values, and the code of each value in ascending order."""
+    book = CODEBOOK[quant_type]
+    order = np.argsort(book, kind="stable")
+    return (book[order[:-1]] + book[order[1:]]) / np.float32(2), order.astype(np.uint8)
+
+
+@cache
+def _byte_table(quant_type: str) -> Bytes:
+    """uint8 (8, gaps, 256): the target byte for a block's largest code, its scale's lead, and a source byte.
+
+    MXFP4 has the low nibble first, bitsandbytes the high one.
+    """
+    midpoints, order = _bounds(quant_type)
+    signed = np.concatenate([mxfp4.MAGNITUDES, -mxfp4.MAGNITUDES])
+    source = np.arange(256)
+    table = np.empty((8, _GAP_MAX - _GAP_MIN + 1, 256), np.uint8)
+    for largest in range(8):
+        inverse = np.float32(1) / mxfp4.MAGNITUDES[largest] if largest else np.float32(0)
+        for gap in range(_GAP_MIN, _GAP_MAX + 1):
+            scaled = signed * np.float32(2.0**-gap) * inverse
+            code = order[(scaled[:, None] > midpoints).sum(axis=1)]
+            table[largest, gap - _GAP_MIN] = (code[source & 15] << 4) | code[source >> 4]
+    return table
+
+
+@nb.njit(nogil=True, cache=True)
+def _quantize(rows: Any, block: Any, midpoints: Any, order: Any, codes: Any, absmax: Any) -> None:
+    scaled = np.empty(block, np.float32)
+    ranks = np.empty(block, np.uint8)
+    for b in range(absmax.shape[0]):
+        begin = b * block
+        peak = np.uint16(0)
+        for i in range(block):
+            peak = max(peak, np.uint16(rows[begin + i] & 0x7FFF))
+        absmax[b] = np.uint32(np.uint32(peak) << np.uint32(16)).view(np.float32)
+        inverse = np.float32(1) / max(absmax[b], _TINY)
+        for i in range(block):
+            scaled[i] = np.uint32(np.uint32(rows[begin + i]) << np.uint32(16)).view(np.float32) * inverse
+            ranks[i] = 0
+        for k in range(15):
+            bound = midpoints[k]
+            for i in range(block):
+                ranks[i] += np.uint8(scaled[i] > bound)
+        for i in range(block // 2):
+            codes[begin // 2 + i] = (order[ranks[2 * i]] << 4) | order[ranks[2 * i + 1]]
+
+
+@nb.njit(nogil=True, cache=True)
+def _transcode(blocks: Any, scales: Any, groups: Any, table: Any, magnitudes: Any, codes: Any, absmax: Any) -> None:
+    """groups MXFP4 groups (one or two) make a block."""
+    for b in range(absmax.shape[0]):
+        lead_scale, lead_code, lead = np.int32(0), np.int32(0), np.float32(-1)
+        for g in range(b * groups, (b + 1) * groups):
+            largest = np.uint8(0)
+            for i in range(16):
+                byte = blocks[g * 16 + i]
+                largest = max(largest, max(np.uint8(byte & 7), np.uint8((byte >> 4) & 7)))
+            scale = np.int32(scales[g])
+            peak = magnitudes[largest] * np.float32(2.0) ** np.float32(scale - 127)
+            if peak > lead:
+                lead_scale, lead_code, lead = scale, np.int32(largest), peak
+        absmax[b] = lead
+        for g in range(b * groups, (b + 1) * groups):
+            gap = min(max(lead_scale - np.int32(scales[g]), _GAP_MIN), _GAP_MAX) - _GAP_MIN
+            target = table[lead_code, gap]
+            for i in range(16):
+                codes[g * 16 + i] = target[blocks[g * 16 + i]]

@@ -1,0 +1,264 @@
+"""Carry a checkpoint from the form it has to the form a recipe asks for.
+
+Pieces of tensors, an expert or some megabytes each, go whole through one thread: read, code, write. So memory
+is bounded by threads times a piece, whatever the model, and the disk and the cores work at once.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ossquant import __version__
+from ossquant.checkpoint.reader import INDEX, Checkpoint, open_checkpoint
+from ossquant.checkpoint.writer import CheckpointWriter, plan_shards
+from ossquant.codec.recode import Matrix, Mxfp4Matrix, recode
+from ossquant.errors import UnsupportedError, UsageError
+from ossquant.layout import Role
+from ossquant.plan import Plan, TensorPlan, make_plan
+from ossquant.recipe import Recipe
+from ossquant.scheme import Scheme
+
+DEFAULT_SHARD_SIZE = 5 * 10**9  # as the hub's tools split
+COPY_BYTES = 8 * 2**20
+MAX_THREADS = 8  # past this the disk, not the codec, sets the pace
+
+# bytes of the source done so far, of how many
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What was done: plans of source and result, and what it took."""
+
+    source: Plan
+    result: Plan
+    output: Path
+    files: int
+    resumed: bool
+    seconds: float
+    cpu_seconds: float
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Source bytes a second, over the whole job."""
+        return self.source.nbytes / self.seconds
+
+
+def quantize(
+    source: str | Path,
+    output: Path,
+    recipe: Recipe,
+    *,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """Write SOURCE as recipe has it into the folder OUTPUT, which appears whole or not at all.
+
+    An interrupted job goes on where it stopped when it is run again. Raises UsageError, CheckpointError,
+    DoesNotFitError.
+    """
+    started, cpu_started = time.monotonic(), time.process_time()
+    with open_checkpoint(source) as checkpoint:
+        _check_output(output, checkpoint.folder)
+        plan = plan_quantize(checkpoint, recipe)
+        shards = plan_shards(plan, max_shard_size)
+        with CheckpointWriter(output, shards, _identity(checkpoint), force=force) as writer:
+            resumed = not all(writer.needs(shard.placed[0].tensor.name) for shard in shards)
+            _run(_jobs(checkpoint, plan, writer), checkpoint.plan.nbytes, progress)
+            writer.commit(output_config(checkpoint.config, plan), plan.nbytes, side_files(checkpoint.folder))
+        return QuantizeReport(
+            source=checkpoint.plan,
+            result=plan,
+            output=output,
+            files=len(shards),
+            resumed=resumed,
+            seconds=time.monotonic() - started,
+            cpu_seconds=time.process_time() - cpu_started,
+        )
+
+
+def plan_quantize(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
+    """The plan of the result. Raises UnsupportedError if the source is quantized by bitsandbytes already."""
+    for total in checkpoint.plan.by_role():
+        wanted = recipe.scheme(total.role)
+        if total.scheme.is_bnb and wanted != total.scheme:
+            raise UnsupportedError(
+                f"{checkpoint.folder}: its {total.role} are {total.scheme.format} already",
+                hint="quantize from the published or the bf16 checkpoint it was made of",
+            )
+    return make_plan(checkpoint.spec, recipe)
+
+
+def output_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """The source's config.json with the result's quantization_config in place of its own.
+
+    A mix that stock transformers does not know gets a quant_method of ours, so that it refuses the
+    checkpoint instead of loading random weights.
+    """
+    result = {key: value for key, value in config.items() if key != "quantization_config"}
+    experts, attention = plan.scheme(Role.EXPERTS), plan.scheme(Role.ATTENTION)
+    if attention.is_bnb or experts.is_bnb:
+        result["quantization_config"] = quantization_config(experts, attention)
+    elif experts.format == "mxfp4":
+        result["quantization_config"] = {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router",
+                                       "model.embed_tokens", "lm_head"],
+        }  # fmt: skip
+    return result
+
+
+def quantization_config(experts: Scheme, attention: Scheme) -> dict[str, Any]:
+    """The quantization_config of a checkpoint of ours."""
+    return {
+        "quant_method": "ossquant",
+        "format_version": 1,
+        "experts": scheme_table(experts),
+        "attention": scheme_table(attention),
+    }
+
+
+def scheme_table(scheme: Scheme) -> dict[str, Any]:
+    """A scheme as a recipe's table has it."""
+    table: dict[str, Any] = {"format": scheme.format}
+    if scheme.is_bnb:
+        table |= {"block_size": scheme.block_size, "double_quant": scheme.double_quant}
+    return table
+
+
+def side_files(folder: Path) -> list[Path]:
+    """What stands beside the weights and is copied verbatim: generation config, tokenizer, chat template."""
+    replaced = {"config.json", INDEX}
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file() and path.name not in replaced and path.suffix in (".json", ".jinja", ".txt", ".model")
+    )
+
+
+def _check_output(output: Path, source: Path) -> None:
+    inside = output.resolve()
+    if inside == source.resolve() or source.resolve() in inside.parents:
+        raise UsageError(f"{output} lies inside the source", hint="choose an OUTPUT outside of it")
+
+
+def _identity(checkpoint: Checkpoint) -> dict[str, Any]:
+    files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in checkpoint.files]
+    config = hashlib.sha256(repr(sorted(checkpoint.config.items())).encode()).hexdigest()
+    return {"files": files, "config": config, "ossquant": __version__}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A piece of work for one thread, and the source bytes it accounts for."""
+
+    nbytes: int
+    run: Callable[[], None]
+
+
+def _jobs(checkpoint: Checkpoint, plan: Plan, writer: CheckpointWriter) -> Iterator[_Job]:
+    """List the pieces in the plan's order; those of finished files count, but do nothing."""
+    for old, new in zip(checkpoint.plan.tensors, plan.tensors, strict=True):
+        if not any(writer.needs(part.name) for part in new.stored):
+            yield _Job(old.nbytes, lambda: None)
+        elif old.stored == new.stored:
+            yield from _copies(checkpoint, new, writer)
+        elif new.tensor.role is Role.EXPERT_BIAS:
+            yield _Job(old.nbytes, partial(_split_bias, checkpoint, old, new, writer))
+        else:
+            experts = range(new.tensor.shape[0]) if new.tensor.role is Role.EXPERTS else [None]
+            for expert in experts:
+                job = partial(_convert, checkpoint, old, new.scheme, expert, writer)
+                yield _Job(old.nbytes // len(experts), job)
+
+
+def _copies(checkpoint: Checkpoint, entry: TensorPlan, writer: CheckpointWriter) -> Iterator[_Job]:
+    for part in entry.stored:
+        for offset in range(0, part.nbytes, COPY_BYTES):
+            nbytes = min(COPY_BYTES, part.nbytes - offset)
+            yield _Job(nbytes, partial(_copy, checkpoint, part.name, offset, nbytes, writer))
+
+
+def _copy(checkpoint: Checkpoint, name: str, offset: int, nbytes: int, writer: CheckpointWriter) -> None:
+    if writer.needs(name):
+        buffer = memoryview(bytearray(nbytes))
+        checkpoint.read_into(name, buffer, offset)
+        writer.write(name, buffer, offset)
+
+
+def _convert(
+    checkpoint: Checkpoint, old: TensorPlan, scheme: Scheme, expert: int | None, writer: CheckpointWriter
+) -> None:
+    parts = recode(read_matrix(checkpoint, old, expert), scheme, old.tensor.name, expert)
+    stacked = expert is not None and not scheme.is_bnb
+    for name, part in parts.items():
+        if writer.needs(name):
+            offset = (expert or 0) * part.nbytes if stacked else 0
+            writer.write(name, memoryview(part.reshape(-1)).cast("B"), offset)
+
+
+def _split_bias(checkpoint: Checkpoint, old: TensorPlan, new: TensorPlan, writer: CheckpointWriter) -> None:
+    biases = bytearray(old.nbytes)
+    view = memoryview(biases)
+    checkpoint.read_into(old.tensor.name, view)
+    row = old.nbytes // old.tensor.shape[0]
+    for expert, part in enumerate(new.stored):
+        if writer.needs(part.name):
+            writer.write(part.name, view[expert * row : (expert + 1) * row])
+
+
+def read_matrix(checkpoint: Checkpoint, entry: TensorPlan, expert: int | None) -> Matrix:
+    """Read one matrix, or one expert's of a stack, as it is stored."""
+    name = entry.tensor.name
+    if entry.scheme.format == "mxfp4":
+        blocks = _read(checkpoint, f"{name}_blocks", np.uint8, expert)
+        return Mxfp4Matrix(blocks, _read(checkpoint, f"{name}_scales", np.uint8, expert))
+    rows = _read(checkpoint, name, np.uint16, expert)
+    return rows if expert is None else np.ascontiguousarray(rows.T)
+
+
+def _read(checkpoint: Checkpoint, name: str, dtype: type, expert: int | None) -> npt.NDArray[Any]:
+    shape = checkpoint.stored[name].shape
+    array = np.empty(shape if expert is None else shape[1:], dtype)
+    checkpoint.read_into(name, memoryview(array.reshape(-1)).cast("B"), (expert or 0) * array.nbytes)
+    return array
+
+
+def _run(jobs: Iterator[_Job], total: int, progress: Progress | None) -> None:
+    """Run the jobs on a few threads, never more in flight than twice the threads."""
+    threads = min(os.cpu_count() or 1, MAX_THREADS) + 1  # one more, so that a core works while another waits
+    done = 0
+    pending: dict[Future[None], int] = {}
+    with ThreadPoolExecutor(threads, thread_name_prefix="quantize") as pool:
+        try:
+            for job in jobs:
+                if len(pending) >= 2 * threads:
+                    done = _collect(pending, done, total, progress)
+                pending[pool.submit(job.run)] = job.nbytes
+            while pending:
+                done = _collect(pending, done, total, progress)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _collect(pending: dict[Future[None], int], done: int, total: int, progress: Progress | None) -> int:
+    finished, _ = wait(pending, return_when=FIRST_COMPLETED)
+    for future in finished:
+        done += pending.pop(future)
+        future.result()
+    if progress:
+        progress(min(done, total), total)
+    return done
+
+
