@@ -1,0 +1,16 @@
+"""Load and run a 4-bit gpt-oss model. torch lives here.
+
+Importing this package teaches transformers our quantization_config, so that plain
+AutoModelForCausalLM.from_pretrained loads our checkpoints.
+"""
+
+from ossquant.errors import MissingExtraError
+
+try:
+    from ossquant.runtime.quantizer import OssquantConfig, OssquantQuantizer
+except ModuleNotFoundError as error:
+    raise MissingExtraError(
+        f"running a model needs '{error.name}', which is not installed", hint="pip install 'ossquant[run]'"
+    ) from error
+
+__all__ = ["OssquantConfig", "OssquantQuantizer"]

@@ -1,0 +1,125 @@
+"""Mixture-of-experts layers whose weights stay in four bits.
+
+Both take the place of transformers' GptOssExperts and are called like it: hidden_states (tokens, hidden),
+router_indices and routing_weights (tokens, top_k).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from ossquant.runtime.kernels import dequantize_mxfp4
+from ossquant.scheme import Scheme
+
+# gpt-oss' gate; a constant of the model, not of every config.json
+SWIGLU_ALPHA = 1.702
+
+# the product of one expert with tokens: (expert, (n, in)) -> (n, out)
+ExpertLinear = Callable[[int, Tensor], Tensor]
+
+
+class Linear4bitExperts(nn.Module):
+    """One bitsandbytes Linear4bit for each expert's matrices."""
+
+    def __init__(self, config: Any, scheme: Scheme, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate = _Gate(config)
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+
+        def stack(inputs: int, outputs: int) -> nn.ModuleList:
+            return nn.ModuleList(
+                linear4bit(inputs, outputs, scheme, dtype) for _ in range(config.num_local_experts)
+            )
+
+        self.gate_up_projs = stack(hidden, 2 * intermediate)
+        self.down_projs = stack(intermediate, hidden)
+
+    def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
+        return _mix(
+            hidden_states, router_indices, routing_weights, len(self.down_projs), self.gate,
+            lambda expert, x: self.gate_up_projs[expert](x), lambda expert, x: self.down_projs[expert](x),
+        )  # fmt: skip
+
+
+class NativeMxfp4Experts(nn.Module):
+    """The published MXFP4 bytes, expanded one expert at a time while it computes."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.gate = _Gate(config)
+        experts, hidden, intermediate = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.gate_up_proj_blocks = _bytes(experts, 2 * intermediate, hidden // 32, 16)
+        self.gate_up_proj_scales = _bytes(experts, 2 * intermediate, hidden // 32)
+        self.gate_up_proj_bias = nn.Parameter(torch.empty(experts, 2 * intermediate), requires_grad=False)
+        self.down_proj_blocks = _bytes(experts, hidden, intermediate // 32, 16)
+        self.down_proj_scales = _bytes(experts, hidden, intermediate // 32)
+        self.down_proj_bias = nn.Parameter(torch.empty(experts, hidden), requires_grad=False)
+
+    def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
+        def gate_up(expert: int, x: Tensor) -> Tensor:
+            weight = dequantize_mxfp4(self.gate_up_proj_blocks[expert], self.gate_up_proj_scales[expert], x.dtype)
+            return linear(x, weight, self.gate_up_proj_bias[expert])
+
+        def down(expert: int, x: Tensor) -> Tensor:
+            weight = dequantize_mxfp4(self.down_proj_blocks[expert], self.down_proj_scales[expert], x.dtype)
+            return linear(x, weight, self.down_proj_bias[expert])
+
+        experts = self.down_proj_bias.shape[0]
+        return _mix(hidden_states, router_indices, routing_weights, experts, self.gate, gate_up, down)
+
+
+class _Gate:
+    """gpt-oss' clamped SwiGLU over interleaved gate (even) and up (odd) columns."""
+
+    def __init__(self, config: Any) -> None:
+        self.alpha = getattr(config, "swiglu_alpha", SWIGLU_ALPHA)
+        self.limit = config.swiglu_limit
+
+    def __call__(self, gate_up: Tensor) -> Tensor:
+        gate = gate_up[..., ::2].clamp(max=self.limit)
+        up = gate_up[..., 1::2].clamp(-self.limit, self.limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+
+
+def _mix(
+    hidden_states: Tensor,
+    router_indices: Tensor,
+    routing_weights: Tensor,
+    experts: int,
+    gate: _Gate,
+    gate_up: ExpertLinear,
+    down: ExpertLinear,
+) -> Tensor:
+    """Send each token through its experts and add up what comes back, by weight."""
+    mixed = torch.zeros_like(hidden_states)
+    chosen, weights = router_indices.reshape(-1), routing_weights.reshape(-1, 1)
+    by_expert = chosen.argsort(stable=True)
+    counts = torch.bincount(chosen, minlength=experts).tolist()  # the one wait for the device
+    begin = 0
+    for expert, count in enumerate(counts):
+        if count:
+            slots = by_expert[begin : begin + count]
+            tokens = slots // router_indices.shape[-1]
+            out = down(expert, gate(gate_up(expert, hidden_states[tokens])))
+            mixed.index_add_(0, tokens, (out * weights[slots]).to(mixed.dtype))
+            begin += count
+    return mixed
+
+
+def linear4bit(inputs: int, outputs: int, scheme: Scheme, dtype: torch.dtype) -> Linear4bit:
+    """An empty Linear4bit of a scheme, computing in dtype."""
+    module = Linear4bit(
+        inputs, outputs, compute_dtype=dtype, compress_statistics=scheme.double_quant, quant_type=scheme.format
+    )
+    module.requires_grad_(False)
+    # With AVX512-BF16 bitsandbytes repacks for a kernel that computes in bf16, whatever was asked for
+    module.support_avx512bf16_for_cpu = module.support_avx512bf16_for_cpu and dtype == torch.bfloat16
+    return module
+
+
+def _bytes(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape, dtype=torch.uint8), requires_grad=False)

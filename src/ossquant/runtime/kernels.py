@@ -1,0 +1,48 @@
+"""MXFP4 weights back to floats, on the device where they lie."""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ossquant.codec import mxfp4
+
+
+def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Expand MXFP4 exactly: blocks (out, G, 16) and scales (out, G), uint8. Returns (out, G * 32) of dtype."""
+    expand = _expand_on_cpu if blocks.device.type == "cpu" else _expand_with_torch
+    return expand(blocks, scales).to(dtype)
+
+
+def _expand_with_torch(blocks: Tensor, scales: Tensor) -> Tensor:
+    decoded = _decoded(blocks.device)
+    codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)
+    index = scales.to(torch.int32).unsqueeze(-1) * 16 + codes
+    return decoded[index].flatten(-2)
+
+
+def _expand_on_cpu(blocks: Tensor, scales: Tensor) -> Tensor:
+    rows = torch.empty((blocks.shape[0], blocks.shape[1] * 32), dtype=torch.bfloat16)
+    threads = torch.get_num_threads()
+    step = -(-blocks.shape[0] // threads)
+
+    def expand(begin: int) -> None:
+        part = slice(begin, begin + step)
+        bits = mxfp4.dequantize(blocks[part].numpy(), scales[part].numpy())
+        rows[part] = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+
+    list(_pool(threads).map(expand, range(0, blocks.shape[0], step)))
+    return rows
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="mxfp4")
+
+
+@cache
+def _decoded(device: torch.device) -> Tensor:
+    """Every (scale, code) as bf16, flat."""
+    return torch.from_numpy(mxfp4.DECODED.view(np.int16).reshape(-1)).view(torch.bfloat16).to(device)
