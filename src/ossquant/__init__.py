@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:
     from ossquant.runtime.load import load_model as load_model
 
@@ -11,9 +9,12 @@ __all__ = ["__version__", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
-    # torch comes with the runtime, so it is imported at the first use
-    if name == "load_model":
+    if name == "load_model":  # torch comes with the runtime, so it is imported at the first use
         from ossquant.runtime.load import load_model
 
         return load_model
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("ossquant")
     raise AttributeError(f"module 'ossquant' has no attribute '{name}'")

@@ -17,12 +17,20 @@ class TensorPlan:
 
     tensor: TensorInfo
     scheme: Scheme
-    stored: tuple[StoredTensor, ...]
+    experts: Scheme | None = None  # of the experts that these biases belong to
+
+    @cached_property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """The stored tensors that stand for it."""
+        if self.experts is not None:
+            # expert biases lie beside their experts, stacked or one by one
+            return self.experts.stored_bias(self.tensor.name, self.tensor.shape)
+        return self.scheme.stored(self.tensor.name, self.tensor.shape)
 
     @cached_property
     def nbytes(self) -> int:
         """Bytes of its stored tensors."""
-        return sum(part.nbytes for part in self.stored)
+        return self.scheme.nbytes(self.tensor.shape)
 
 
 @dataclass(frozen=True)
@@ -91,11 +99,10 @@ def make_plan(spec: ModelSpec, recipe: Recipe) -> Plan:
 
 def _entry(tensor: TensorInfo, recipe: Recipe) -> TensorPlan:
     if tensor.role is Role.EXPERT_BIAS:
-        # expert biases lie beside their experts, stacked or one by one, but are themselves bf16
-        experts = recipe.scheme(Role.EXPERTS)
-        return TensorPlan(tensor, BF16, experts.stored_bias(tensor.name, (tensor.shape[0], tensor.shape[1])))
+        return TensorPlan(tensor, BF16, recipe.scheme(Role.EXPERTS))
     scheme = recipe.scheme(tensor.role)
-    return TensorPlan(tensor, scheme, scheme.stored(tensor.name, tensor.shape))
+    scheme.check(tensor.name, tensor.shape)
+    return TensorPlan(tensor, scheme)
 
 
 def read_plan(spec: ModelSpec, stored: Mapping[str, StoredTensor]) -> Plan:

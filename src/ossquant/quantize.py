@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ossquant import __version__
 from ossquant.checkpoint.reader import INDEX, Checkpoint, open_checkpoint
 from ossquant.checkpoint.writer import CheckpointWriter, plan_shards
 from ossquant.codec.recode import Matrix, Mxfp4Matrix, recode
@@ -155,7 +155,7 @@ def _check_output(output: Path, source: Path) -> None:
 def _identity(checkpoint: Checkpoint) -> dict[str, Any]:
     files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in checkpoint.files]
     config = hashlib.sha256(repr(sorted(checkpoint.config.items())).encode()).hexdigest()
-    return {"files": files, "config": config, "ossquant": __version__}
+    return {"files": files, "config": config, "ossquant": version("ossquant")}
 
 
 @dataclass(frozen=True)

@@ -47,18 +47,20 @@ class Scheme:
         """Whether its weights take four bits."""
         return self.format != "bf16"
 
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise UnsupportedError where a block would straddle a row of the tensor called name."""
+        block = {"bf16": 1, "mxfp4": MXFP4_BLOCK}.get(self.format, self.block_size)
+        if shape[-1] % block:
+            raise UnsupportedError(f"{name}: rows of {shape[-1]} do not divide into blocks of {block}")
+
     def stored(self, name: str, shape: tuple[int, ...]) -> tuple[StoredTensor, ...]:
         """The stored tensors of a weight: a vector, a matrix (out, in) or a stack (expert, out, in).
 
-        Raises UnsupportedError where the block does not divide a row.
         Source: the published gpt-oss index (mxfp4), transformers' GptOssExperts (bf16), bitsandbytes'
         Linear4bit state dict (nf4, fp4).
         """
         if self.format == "bf16":
             return (StoredTensor(name, "BF16", _transposed(shape)),)
-        block = MXFP4_BLOCK if self.format == "mxfp4" else self.block_size
-        if shape[-1] % block:
-            raise UnsupportedError(f"{name}: rows of {shape[-1]} do not divide into blocks of {block}")
         if self.format == "mxfp4":
             return _mxfp4(name, shape)
         if len(shape) == 3:
@@ -67,7 +69,13 @@ class Scheme:
             )
         return self._bnb(name, (shape[0], shape[1]))
 
-    def stored_bias(self, name: str, shape: tuple[int, int]) -> tuple[StoredTensor, ...]:
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of the stored tensors of a weight."""
+        if self.is_bnb and len(shape) == 3:
+            return shape[0] * self.nbytes(shape[1:])
+        return sum(part.nbytes for part in self.stored("", shape))
+
+    def stored_bias(self, name: str, shape: tuple[int, ...]) -> tuple[StoredTensor, ...]:
         """The stored tensors of the biases (expert, out) that belong to experts of this scheme."""
         if not self.is_bnb:
             return (StoredTensor(name, "BF16", shape),)

@@ -40,7 +40,7 @@ class Placement:
     bytes_by_device: Mapping[str, int]
 
     def __str__(self) -> str:
-        formats = ", ".join(f"{name.upper()} {count(number)}" for name, number in self.formats.items())
+        formats = ", ".join(f"{name} {count(number)}" for name, number in self.formats.items())
         where = ", ".join(f"{size(nbytes)} on {device}" for device, nbytes in self.bytes_by_device.items())
         return f"{count(self.parameters_4bit)} of {count(self.parameters)} parameters in 4 bits ({formats}); {where}"
 
@@ -80,14 +80,15 @@ def placement(model: nn.Module) -> Placement:
     four_bit = parameters_4bit(model)
     formats: dict[str, int] = {}
     if plan is not None:
-        for total in plan.by_role():
-            formats[total.scheme.format] = formats.get(total.scheme.format, 0) + total.parameters
+        for role in plan.by_role():
+            name = role.scheme.format if role.scheme.is_4bit else str(model.dtype).removeprefix("torch.")
+            formats[name] = formats.get(name, 0) + role.parameters
     total = plan.parameters if plan else sum(p.numel() for p in model.parameters())
     by_device: dict[str, int] = {}
     for tensor in _tensors(model):
         device = str(tensor.device)
         by_device[device] = by_device.get(device, 0) + tensor.numel() * tensor.element_size()
-    return Placement(total, four_bit, formats or {"bf16": total}, by_device)
+    return Placement(total, four_bit, formats or {str(model.dtype).removeprefix("torch."): total}, by_device)
 
 
 def _choose(checkpoint: Checkpoint, scheme: str | None) -> Recipe:

@@ -1,0 +1,100 @@
+"""Prefill and decode rates, TTFT and peak memory of a model in this process."""
+
+import resource
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ossquant.errors import UsageError
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One prompt prefilled and decoded; seconds."""
+
+    ttft: float
+    decode: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Medians over the runs. ttft in seconds, rates in tokens a second, memory in bytes."""
+
+    prompt_tokens: int
+    new_tokens: int
+    runs: tuple[Run, ...]
+    device: str
+    peak_host_bytes: int
+    peak_device_bytes: int | None  # None where the model runs on the host
+
+    @property
+    def ttft(self) -> float:
+        """Seconds from the call to the first token."""
+        return statistics.median(run.ttft for run in self.runs)
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens by the time to the first token."""
+        return self.prompt_tokens / self.ttft
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens after the first, by the time they took: one over TPOT."""
+        return statistics.median((self.new_tokens - 1) / run.decode for run in self.runs)
+
+
+def measure(model: Any, *, prompt_tokens: int, new_tokens: int, runs: int) -> Measurement:
+    """Run a seeded random prompt several times, after one uncounted run. Raises UsageError."""
+    if prompt_tokens < 1 or new_tokens < 2 or runs < 1:
+        raise UsageError("a measurement takes at least 1 prompt token, 2 new tokens and 1 run")
+    longest = model.config.max_position_embeddings
+    if prompt_tokens + new_tokens > longest:
+        raise UsageError(f"{prompt_tokens} + {new_tokens} tokens are beyond the model's context of {longest}")
+    generator = torch.Generator().manual_seed(SEED)
+    prompt = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), generator=generator).to(model.device)
+    _run(model, prompt, new_tokens)
+    counted = tuple(_run(model, prompt, new_tokens) for _ in range(runs))
+    on_device = model.device.type == "cuda"
+    return Measurement(
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        runs=counted,
+        device=torch.cuda.get_device_name() if on_device else "cpu",
+        peak_host_bytes=_peak_host_bytes(),
+        peak_device_bytes=torch.cuda.max_memory_allocated() if on_device else None,
+    )
+
+
+@torch.inference_mode()
+def _run(model: Any, prompt: torch.Tensor, new_tokens: int) -> Run:
+    _wait(model)
+    started = time.perf_counter()
+    output = model(prompt, use_cache=True, logits_to_keep=1)
+    token = _next(output)
+    first = time.perf_counter()
+    for _ in range(new_tokens - 1):
+        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        token = _next(output)
+    return Run(ttft=first - started, decode=time.perf_counter() - first)
+
+
+def _next(output: Any) -> torch.Tensor:
+    token = output.logits[:, -1:].argmax(dim=-1)
+    token.tolist()  # a token is there when the host has it
+    return token
+
+
+def _wait(model: Any) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak_host_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,139 @@
+"""ossquant quantize: make the 4-bit checkpoint."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ossquant.cli.options import CheckpointArgument, JsonOption
+from ossquant.errors import UsageError
+from ossquant.recipe import BUILT_IN, Recipe, built_in, load_recipe
+from ossquant.units import count, parse_size, size
+
+if TYPE_CHECKING:
+    from ossquant.checkpoint.reader import Checkpoint
+    from ossquant.plan import Plan
+    from ossquant.quantize import QuantizeReport
+
+DEFAULT_SCHEME = "hybrid"
+
+
+def quantize(
+    source: CheckpointArgument,
+    output: Annotated[Path | None, typer.Argument(help="The folder to write.")] = None,
+    scheme: Annotated[str | None, typer.Option(help=f"{', '.join(BUILT_IN)}; {DEFAULT_SCHEME} if not given.")] = None,
+    recipe_file: Annotated[Path | None, typer.Option("--recipe", help="A TOML recipe in place of a scheme.")] = None,
+    double_quant: Annotated[
+        bool | None, typer.Option("--double-quant/--no-double-quant", help="nf4 and fp4: absmax in 8 bits, or fp32.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 5GB.")] = "5GB",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is in OUTPUT.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a 4-bit checkpoint. Needs neither torch nor a GPU.
+
+    Run the same command again after an interruption: it goes on with the files that are done.
+    """
+    recipe = _recipe(scheme, recipe_file, double_quant)
+    shard_size = parse_size(max_shard_size)
+    if shard_size < 1:
+        raise UsageError("--max-shard-size must be at least 1 byte")
+    if dry_run:
+        _print_plan(source, recipe, as_json)
+    elif output is None:
+        raise UsageError("OUTPUT is missing", hint="name the folder to write, or --dry-run to see the plan")
+    else:
+        _write(source, output, recipe, shard_size, force, as_json)
+
+
+def _recipe(scheme: str | None, recipe_file: Path | None, double_quant: bool | None) -> Recipe:
+    if scheme and recipe_file:
+        raise UsageError("--scheme and --recipe exclude each other", hint="give one of them")
+    recipe = load_recipe(recipe_file) if recipe_file else built_in(scheme or DEFAULT_SCHEME)
+    return recipe if double_quant is None else recipe.with_double_quant(double_quant)
+
+
+def _print_plan(source: str, recipe: Recipe, as_json: bool) -> None:
+    from ossquant.checkpoint.reader import open_checkpoint
+    from ossquant.cli import render
+    from ossquant.quantize import plan_quantize
+
+    with open_checkpoint(source) as checkpoint:
+        plan = plan_quantize(checkpoint, recipe)
+        if as_json:
+            render.print_json({"source": source, "scheme": recipe.name, **_plan_json(plan)})
+            return
+        render.note(_costs(checkpoint, recipe))
+    render.out.print(render.plan_table(plan, f"{source} as {recipe.name}"))
+
+
+def _write(source: str, output: Path, recipe: Recipe, shard_size: int, force: bool, as_json: bool) -> None:
+    from ossquant.checkpoint.reader import open_checkpoint
+    from ossquant.cli import render
+    from ossquant.quantize import quantize as write_quantized
+
+    with open_checkpoint(source) as checkpoint:
+        render.note(_costs(checkpoint, recipe))
+    try:
+        with render.byte_progress(recipe.name) as progress:
+            report = write_quantized(
+                source, output, recipe, max_shard_size=shard_size, force=force, progress=progress
+            )
+    except KeyboardInterrupt:
+        render.note(f"interrupted; the same command goes on from here. {output} is not a checkpoint yet.")
+        raise typer.Exit(130) from None
+    if as_json:
+        render.print_json(_report_json(report, recipe))
+    else:
+        render.out.print(_summary(report), soft_wrap=True)
+
+
+def _costs(checkpoint: "Checkpoint", recipe: Recipe) -> str:
+    """One line: why this scheme, and what each one costs on this model."""
+    from ossquant.plan import make_plan
+
+    costs = ", ".join(f"{name} {size(make_plan(checkpoint.spec, each).nbytes)}" for name, each in BUILT_IN.items())
+    return f"{recipe.name}: {recipe.why}. Stored now: {size(checkpoint.plan.nbytes)}; would be: {costs}."
+
+
+def _summary(report: "QuantizeReport") -> str:
+    result = report.result
+    resumed = ", resumed" if report.resumed else ""
+    return (
+        f"{report.output}: {size(result.nbytes)} in {report.files} files, "
+        f"{count(result.parameters_4bit)} of {count(result.parameters)} parameters in 4 bits; "
+        f"{report.seconds:.1f} s, {size(report.bytes_per_second)}/s of source{resumed}"
+    )
+
+
+def _plan_json(plan: "Plan") -> dict[str, Any]:
+    roles = {
+        total.role.value: {
+            "format": total.scheme.format,
+            "tensors": total.tensors,
+            "parameters": total.parameters,
+            "bits_per_weight": round(total.bits_per_weight, 4),
+            "bytes": total.nbytes,
+        }
+        for total in plan.by_role()
+    }
+    return {
+        "parameters": plan.parameters,
+        "parameters_4bit": plan.parameters_4bit,
+        "bytes": plan.nbytes,
+        "roles": roles,
+    }
+
+
+def _report_json(report: "QuantizeReport", recipe: Recipe) -> dict[str, Any]:
+    return {
+        "output": str(report.output),
+        "scheme": recipe.name,
+        "files": report.files,
+        "resumed": report.resumed,
+        "source_bytes": report.source.nbytes,
+        "seconds": round(report.seconds, 3),
+        "cpu_seconds": round(report.cpu_seconds, 3),
+        **_plan_json(report.result),
+    }

@@ -1,0 +1,77 @@
+"""How things look in a terminal; the one module that knows rich."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from ossquant.plan import Plan
+from ossquant.units import count, size, size_both
+
+if TYPE_CHECKING:
+    from ossquant.quantize import Progress as ProgressCallback
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """Print one object, and nothing else, on stdout."""
+    out.file.write(json.dumps(value, indent=2) + "\n")
+
+
+def note(text: str) -> None:
+    """Say a line on stderr."""
+    err.print(escape(text), soft_wrap=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], total: Sequence[str] = ()) -> Table:
+    """A plain table: the first column is text, the others are figures."""
+    result = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1), show_footer=bool(total))
+    for index, column in enumerate(columns):
+        footer = escape(total[index]) if total else ""
+        result.add_column(column, footer, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        result.add_row(*map(escape, row))
+    return result
+
+
+def plan_table(plan: Plan, title: str) -> Table:
+    """A plan by role."""
+    rows = [
+        [total.role, total.scheme.format, f"{total.tensors:,}", count(total.parameters),
+         f"{total.bits_per_weight:.3f}", size(total.nbytes)]
+        for total in plan.by_role()
+    ]  # fmt: skip
+    bits = 8 * plan.nbytes / plan.parameters
+    tensors = sum(len(entry.stored) for entry in plan.tensors)
+    return table(
+        title,
+        ("role", "format", "tensors", "parameters", "bits/weight", "bytes"),
+        rows,
+        ("total", "", f"{tensors:,}", count(plan.parameters), f"{bits:.3f}", size_both(plan.nbytes)),
+    )
+
+
+@contextmanager
+def byte_progress(what: str) -> Iterator["ProgressCallback"]:
+    """A bar on stderr with bytes, rate and time left; silent where stderr is not a terminal."""
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+        console=err, disable=not err.is_terminal,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,56 @@
+"""Checkpoints to test with: random ones in the published layout, and the trained one in tests/data/tiny."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ossquant.quantize import quantize
+from ossquant.recipe import built_in
+
+ROOT = Path(__file__).parent.parent
+TRAINED = ROOT / "tests/data/tiny"
+SCHEMES = ("hybrid", "nf4", "fp4", "bf16")
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+
+@pytest.fixture(scope="session")
+def trained() -> Path:
+    """The trained tiny model, as published: MXFP4 in two shards."""
+    return TRAINED
+
+
+@pytest.fixture(scope="session")
+def random_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random tiny checkpoint in the published layout."""
+    return _make(tmp_path_factory.mktemp("random") / "tiny", "mxfp4")
+
+
+@pytest.fixture(scope="session")
+def random_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random tiny checkpoint in the bf16 layout that transformers writes."""
+    return _make(tmp_path_factory.mktemp("random") / "bf16", "bf16")
+
+
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> dict[str, Path]:
+    """The trained model in every scheme."""
+    folder = tmp_path_factory.mktemp("quantized")
+    for scheme in SCHEMES:
+        quantize(trained, folder / scheme, built_in(scheme), max_shard_size=10**6)
+    return {scheme: folder / scheme for scheme in SCHEMES}
+
+
+def _make(output: Path, form: str) -> Path:
+    from make_checkpoint import TINY, make_checkpoint
+
+    make_checkpoint(output, TINY, form)
+    return output
+
+
+def run_cli(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run `ossquant` as a user does."""
+    command = [str(Path(sys.executable).parent / "ossquant"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
