@@ -1,11 +1,11 @@
 """Every error ossquant raises.
 
-    OssquantError           a message that says what and which, a hint that says what now
-    ├─ UsageError           a wrong argument
-    │  └─ MissingExtraError an optional dependency is not installed
-    ├─ CheckpointError      the files are not what they should be
-    │  └─ UnsupportedError  sound, but nothing we can do with it
-    └─ DoesNotFitError      too little memory or disk
+OssquantError           a message that says what and which, a hint that says what now
+├─ UsageError           a wrong argument
+│  └─ MissingExtraError an optional dependency is not installed
+├─ CheckpointError      the files are not what they should be
+│  └─ UnsupportedError  sound, but nothing we can do with it
+└─ DoesNotFitError      too little memory or disk
 """
 
 

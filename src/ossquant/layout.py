@@ -56,7 +56,7 @@ def _layer(spec: ModelSpec, layer: int) -> list[TensorInfo]:
     linears = {"q_proj": (query, hidden), "k_proj": (key_value, hidden), "v_proj": (key_value, hidden),
                "o_proj": (hidden, query)}  # fmt: skip
 
-    tensors = [("input_layernorm.weight", (hidden,), Role.NORM)]
+    tensors: list[tuple[str, tuple[int, ...], Role]] = [("input_layernorm.weight", (hidden,), Role.NORM)]
     for name, shape in linears.items():
         tensors.append((f"self_attn.{name}.weight", shape, Role.ATTENTION))
         tensors.append((f"self_attn.{name}.bias", shape[:1], Role.BIAS))

@@ -204,7 +204,7 @@ def _convert(
     for name, part in parts.items():
         if writer.needs(name):
             offset = (expert or 0) * part.nbytes if stacked else 0
-            writer.write(name, memoryview(part.reshape(-1)).cast("B"), offset)
+            writer.write(name, _bytes(part), offset)
 
 
 def _split_bias(checkpoint: Checkpoint, old: TensorPlan, new: TensorPlan, writer: CheckpointWriter) -> None:
@@ -229,9 +229,13 @@ def read_matrix(checkpoint: Checkpoint, entry: TensorPlan, expert: int | None) -
 
 def _read(checkpoint: Checkpoint, name: str, dtype: type, expert: int | None) -> npt.NDArray[Any]:
     shape = checkpoint.stored[name].shape
-    array = np.empty(shape if expert is None else shape[1:], dtype)
-    checkpoint.read_into(name, memoryview(array.reshape(-1)).cast("B"), (expert or 0) * array.nbytes)
+    array: npt.NDArray[Any] = np.empty(shape if expert is None else shape[1:], dtype)
+    checkpoint.read_into(name, _bytes(array), (expert or 0) * array.nbytes)
     return array
+
+
+def _bytes(array: npt.NDArray[Any]) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _run(jobs: Iterator[_Job], total: int, progress: Progress | None) -> None:
@@ -260,5 +264,3 @@ def _collect(pending: dict[Future[None], int], done: int, total: int, progress: 
     if progress:
         progress(min(done, total), total)
     return done
-
-

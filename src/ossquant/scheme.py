@@ -11,7 +11,10 @@ BNB_FORMATS = ("nf4", "fp4")  # bitsandbytes' 4-bit types
 FORMATS = ("bf16", "mxfp4", *BNB_FORMATS)
 MXFP4_BLOCK = 32
 NESTED_BLOCK = 256  # absmax values per nested absmax; fixed in bitsandbytes
-BLOCK_SIZES = (32, 64)  # 2880 = 45 x 64: larger blocks would straddle rows, which bitsandbytes decodes wrongly
+BLOCK_SIZES = (
+    32,
+    64,
+)  # 2880 = 45 x 64: larger blocks would straddle rows, which bitsandbytes decodes wrongly
 _OFFSET_WIDTH = 24  # the longest repr of a float
 
 
@@ -64,9 +67,7 @@ class Scheme:
         if self.format == "mxfp4":
             return _mxfp4(name, shape)
         if len(shape) == 3:
-            return tuple(
-                part for e in range(shape[0]) for part in self.stored(expert_name(name, e), shape[1:])
-            )
+            return tuple(part for e in range(shape[0]) for part in self.stored(expert_name(name, e), shape[1:]))
         return self._bnb(name, (shape[0], shape[1]))
 
     def nbytes(self, shape: tuple[int, ...]) -> int:

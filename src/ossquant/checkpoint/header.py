@@ -120,10 +120,11 @@ def build_header(tensors: Sequence[StoredTensor], metadata: dict[str, str]) -> t
 
     The caller orders them by falling itemsize, so that every tensor is aligned to its own.
     """
-    begin, relative, table = 0, [], {"__metadata__": metadata}
+    begin, relative = 0, []
+    table: dict[str, object] = {"__metadata__": metadata}
     for tensor in tensors:
         end = begin + tensor.nbytes
-        table[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (begin, end)}  # type: ignore[assignment,dict-item]
+        table[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (begin, end)}
         relative.append((tensor, begin))
         begin = end
     text = json.dumps(table, separators=(",", ":")).encode()

@@ -18,8 +18,8 @@ from ossquant.spec import ModelSpec
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 JOB = "ossquant-job.json"  # stands in a folder while it is being written
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
-HUB_SKIPPED = ("original/*", "metal/*")  # the same weights in two other layouts
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+HUB_SKIPPED = ["original/*", "metal/*"]  # the same weights in two other layouts
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     folder = resolve(source)
     if (folder / JOB).exists():
         raise CheckpointError(
-            f"{folder}: an unfinished job, not a checkpoint", hint="run its `ossquant quantize` again to finish it"
+            f"{folder}: an unfinished job, not a checkpoint",
+            hint="run its `ossquant quantize` again to finish it",
         )
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json", hint="a checkpoint is a folder with config.json")
@@ -122,7 +123,9 @@ def _locate(folder: Path) -> dict[str, Location]:
         for placed in read_header(path):
             name = placed.tensor.name
             if name in locations:
-                raise CheckpointError(f"{shard}: '{name}' stands in another file too", hint="fetch the checkpoint again")
+                raise CheckpointError(
+                    f"{shard}: '{name}' stands in another file too", hint="fetch the checkpoint again"
+                )
             locations[name] = Location(path, placed)
     if weight_map is not None:
         _compare(weight_map, locations)
@@ -135,7 +138,9 @@ def _weight_map(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{INDEX}: no weight_map", hint="fetch this file again")
     for shard in set(map(str, table.values())):
         if not re.fullmatch(r"[\w.-]+\.safetensors", shard):
-            raise CheckpointError(f"{INDEX}: '{shard[:120]}' is not a file name beside it", hint="do not trust this checkpoint")
+            raise CheckpointError(
+                f"{INDEX}: '{shard[:120]}' is not a file name beside it", hint="do not trust this checkpoint"
+            )
     return {name: str(shard) for name, shard in table.items()}
 
 
@@ -145,7 +150,9 @@ def _compare(weight_map: dict[str, str], locations: Mapping[str, Location]) -> N
             raise CheckpointError(f"{shard}: '{name}' is not in it, {INDEX} says it is", hint="fetch this file again")
     extra = next((name for name in locations if name not in weight_map), None)
     if extra:
-        raise CheckpointError(f"{INDEX}: does not name '{extra}' of {locations[extra].path.name}", hint="fetch it again")
+        raise CheckpointError(
+            f"{INDEX}: does not name '{extra}' of {locations[extra].path.name}", hint="fetch it again"
+        )
 
 
 def resolve(source: str | Path) -> Path:

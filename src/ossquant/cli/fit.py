@@ -32,8 +32,12 @@ class _Row:
 
 def fit(
     gpu: Annotated[str, typer.Option(help="A device such as 4090, h100-nvl or 'm4 max', or a size such as 24GB.")],
-    model: Annotated[str | None, typer.Option(help="20b, 120b or a checkpoint folder; both models if not given.")] = None,
-    scheme: Annotated[str | None, typer.Option(help=f"mxfp4 (as published), {', '.join(BUILT_IN)}; all if not given.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="20b, 120b or a checkpoint folder; both models if not given.")
+    ] = None,
+    scheme: Annotated[
+        str | None, typer.Option(help=f"mxfp4 (as published), {', '.join(BUILT_IN)}; all if not given.")
+    ] = None,
     max_model_len: Annotated[int, typer.Option(help="Context in tokens.")] = 8192,
     as_json: JsonOption = False,
 ) -> None:

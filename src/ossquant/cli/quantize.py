@@ -7,6 +7,7 @@ import typer
 
 from ossquant.cli.options import CheckpointArgument, JsonOption
 from ossquant.errors import UsageError
+from ossquant.layout import Role
 from ossquant.recipe import BUILT_IN, Recipe, built_in, load_recipe
 from ossquant.units import count, parse_size, size
 
@@ -24,7 +25,8 @@ def quantize(
     scheme: Annotated[str | None, typer.Option(help=f"{', '.join(BUILT_IN)}; {DEFAULT_SCHEME} if not given.")] = None,
     recipe_file: Annotated[Path | None, typer.Option("--recipe", help="A TOML recipe in place of a scheme.")] = None,
     double_quant: Annotated[
-        bool | None, typer.Option("--double-quant/--no-double-quant", help="nf4 and fp4: absmax in 8 bits, or fp32.")
+        bool | None,
+        typer.Option("--double-quant/--no-double-quant", help="nf4 and fp4: absmax in 8 bits, or fp32."),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 5GB.")] = "5GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
@@ -77,9 +79,7 @@ def _write(source: str, output: Path, recipe: Recipe, shard_size: int, force: bo
         render.note(_costs(checkpoint, recipe))
     try:
         with render.byte_progress(recipe.name) as progress:
-            report = write_quantized(
-                source, output, recipe, max_shard_size=shard_size, force=force, progress=progress
-            )
+            report = write_quantized(source, output, recipe, max_shard_size=shard_size, force=force, progress=progress)
     except KeyboardInterrupt:
         render.note(f"interrupted; the same command goes on from here. {output} is not a checkpoint yet.")
         raise typer.Exit(130) from None
@@ -94,7 +94,11 @@ def _costs(checkpoint: "Checkpoint", recipe: Recipe) -> str:
     from ossquant.plan import make_plan
 
     costs = ", ".join(f"{name} {size(make_plan(checkpoint.spec, each).nbytes)}" for name, each in BUILT_IN.items())
-    return f"{recipe.name}: {recipe.why}. Stored now: {size(checkpoint.plan.nbytes)}; would be: {costs}."
+    rounded = checkpoint.plan.scheme(Role.EXPERTS).format == "bf16" and recipe.scheme(Role.EXPERTS).format == "mxfp4"
+    warning = (
+        " The experts are bf16 here and are rounded to MXFP4: exact only if they were MXFP4 before." if rounded else ""
+    )
+    return f"{recipe.name}: {recipe.why}. Stored now: {size(checkpoint.plan.nbytes)}; would be: {costs}.{warning}"
 
 
 def _summary(report: "QuantizeReport") -> str:

@@ -59,7 +59,15 @@ def transcode(blocks: Bytes, scales: Bytes, scheme: Scheme, name: str = "tensor"
     codes = np.empty(blocks.size, np.uint8)
     absmax = np.empty(scales.size * 32 // scheme.block_size, np.float32)
     table = _byte_table(scheme.format)
-    _transcode(blocks.reshape(-1), scales.reshape(-1), scheme.block_size // 32, table, mxfp4.MAGNITUDES, codes, absmax)
+    _transcode(
+        blocks.reshape(-1),
+        scales.reshape(-1),
+        scheme.block_size // 32,
+        table,
+        mxfp4.MAGNITUDES,
+        codes,
+        absmax,
+    )
     return _parts(codes, absmax, scheme, (rows, groups * 32))
 
 
@@ -137,7 +145,8 @@ def _quantize(rows: Any, block: Any, midpoints: Any, order: Any, codes: Any, abs
 def _transcode(blocks: Any, scales: Any, groups: Any, table: Any, magnitudes: Any, codes: Any, absmax: Any) -> None:
     """groups MXFP4 groups (one or two) make a block."""
     for b in range(absmax.shape[0]):
-        lead_scale, lead_code, lead = np.int32(0), np.int32(0), np.float32(-1)
+        lead_scale: Any = np.int32(0)
+        lead_code, lead = np.int32(0), np.float32(-1)
         for g in range(b * groups, (b + 1) * groups):
             largest = np.uint8(0)
             for i in range(16):

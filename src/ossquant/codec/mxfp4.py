@@ -31,14 +31,15 @@ def _decoded() -> Bf16Bits:
 DECODED = _decoded()
 
 
-def dequantize(blocks: Bytes, scales: Bytes, name: str = "tensor") -> Bf16Bits:
+def dequantize(blocks: Bytes, scales: Bytes, name: str = "tensor", out: Bf16Bits | None = None) -> Bf16Bits:
     """Expand MXFP4 to bf16, exactly.
 
     blocks (..., G, 16) uint8, two codes a byte, the low nibble first; scales (..., G) uint8, exponent + 127.
-    Returns the bits of bf16 (..., G * 32). Raises CheckpointError for a scale that bf16 cannot hold.
+    Returns the bits of bf16 (..., G * 32), in out if it is given: contiguous, of that shape.
+    Raises CheckpointError for a scale that bf16 cannot hold.
     """
     check_scales(scales, name)
-    rows = np.empty((*scales.shape[:-1], scales.shape[-1] * MXFP4_BLOCK), np.uint16)
+    rows = np.empty((*scales.shape[:-1], scales.shape[-1] * MXFP4_BLOCK), np.uint16) if out is None else out
     _dequantize(blocks.reshape(-1), scales.reshape(-1), DECODED, rows.reshape(-1))
     return rows
 
@@ -82,14 +83,14 @@ def _dequantize(blocks: Any, scales: Any, decoded: Any, out: Any) -> None:
 @nb.njit(nogil=True, cache=True)
 def _quantize(rows: Any, blocks: Any, scales: Any) -> Any:
     """Fill blocks and scales; gives the largest magnitude's bits, by which the caller sees NaN and infinity."""
-    codes = np.empty(32, np.uint8)
-    largest = np.uint16(0)
+    codes: Any = np.empty(32, np.uint8)
+    largest: Any = np.uint16(0)
     for g in range(scales.shape[0]):
-        peak = np.uint16(0)
+        peak: Any = np.uint16(0)
         for i in range(32):
             peak = max(peak, np.uint16(rows[g * 32 + i] & 0x7FFF))
         largest = max(largest, peak)
-        scale = max(np.int32(peak >> 7) - 2, 0)
+        scale: Any = max(np.int32(peak >> 7) - 2, 0)
         inverse = np.float32(2.0) ** np.float32(127 - scale)
         for i in range(32):
             bits = rows[g * 32 + i]

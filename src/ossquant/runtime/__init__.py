@@ -4,7 +4,12 @@ Importing this package teaches transformers our quantization_config, so that pla
 AutoModelForCausalLM.from_pretrained loads our checkpoints.
 """
 
+import logging
+
 from ossquant.errors import MissingExtraError
+
+# at import it warns that an optional kernel of its own is not installed
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 try:
     from ossquant.runtime.quantizer import OssquantConfig, OssquantQuantizer

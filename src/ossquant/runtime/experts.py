@@ -31,9 +31,7 @@ class Linear4bitExperts(nn.Module):
         hidden, intermediate = config.hidden_size, config.intermediate_size
 
         def stack(inputs: int, outputs: int) -> nn.ModuleList:
-            return nn.ModuleList(
-                linear4bit(inputs, outputs, scheme, dtype) for _ in range(config.num_local_experts)
-            )
+            return nn.ModuleList(linear4bit(inputs, outputs, scheme, dtype) for _ in range(config.num_local_experts))
 
         self.gate_up_projs = stack(hidden, 2 * intermediate)
         self.down_projs = stack(intermediate, hidden)
@@ -113,7 +111,11 @@ def _mix(
 def linear4bit(inputs: int, outputs: int, scheme: Scheme, dtype: torch.dtype) -> Linear4bit:
     """An empty Linear4bit of a scheme, computing in dtype."""
     module = Linear4bit(
-        inputs, outputs, compute_dtype=dtype, compress_statistics=scheme.double_quant, quant_type=scheme.format
+        inputs,
+        outputs,
+        compute_dtype=dtype,
+        compress_statistics=scheme.double_quant,
+        quant_type=scheme.format,
     )
     module.requires_grad_(False)
     # With AVX512-BF16 bitsandbytes repacks for a kernel that computes in bf16, whatever was asked for

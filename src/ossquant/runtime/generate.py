@@ -33,7 +33,7 @@ class Reply:
         return (len(self.token_ids) - 1) / decode if decode > 0 else 0.0
 
 
-class _TokenStream(BaseStreamer):  # type: ignore[misc]
+class _TokenStream(BaseStreamer):
     """Passes generated tokens on; the first thing that generate puts is the prompt."""
 
     def __init__(self, parser: HarmonyParser) -> None:

@@ -40,7 +40,8 @@ class HarmonyParser:
         self._markers = {tokenizer.convert_tokens_to_ids(marker): marker for marker in MARKERS}
         if None in self._markers or tokenizer.unk_token_id in self._markers:
             raise CheckpointError(
-                "the tokenizer has no harmony tokens such as <|channel|>", hint="copy gpt-oss' own tokenizer files there"
+                "the tokenizer has no harmony tokens such as <|channel|>",
+                hint="copy gpt-oss' own tokenizer files there",
             )
         self._state = "text"  # a reply without markers is taken as one final message
         self._header: list[int] = []

@@ -24,17 +24,17 @@ def _expand_with_torch(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def _expand_on_cpu(blocks: Tensor, scales: Tensor) -> Tensor:
-    rows = torch.empty((blocks.shape[0], blocks.shape[1] * 32), dtype=torch.bfloat16)
+    packed, shared = blocks.numpy(), scales.numpy()
+    rows = np.empty((packed.shape[0], packed.shape[1] * 32), np.uint16)
     threads = torch.get_num_threads()
-    step = -(-blocks.shape[0] // threads)
+    step = -(-packed.shape[0] // threads)
 
     def expand(begin: int) -> None:
         part = slice(begin, begin + step)
-        bits = mxfp4.dequantize(blocks[part].numpy(), scales[part].numpy())
-        rows[part] = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+        mxfp4.dequantize(packed[part], shared[part], out=rows[part])
 
-    list(_pool(threads).map(expand, range(0, blocks.shape[0], step)))
-    return rows
+    list(_pool(threads).map(expand, range(0, packed.shape[0], step)))
+    return torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16)
 
 
 @cache

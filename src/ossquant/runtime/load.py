@@ -19,7 +19,7 @@ from ossquant.layout import Role
 from ossquant.plan import Plan
 from ossquant.quantize import plan_quantize, quantization_config
 from ossquant.recipe import Recipe, built_in
-from ossquant.runtime.quantizer import parameters_4bit
+from ossquant.runtime.quantizer import METHOD, parameters_4bit
 from ossquant.units import count, nearest, size
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -98,7 +98,7 @@ def _choose(checkpoint: Checkpoint, scheme: str | None) -> Recipe:
         as_stored = Recipe("as stored", "", {Role.EXPERTS: experts, Role.ATTENTION: attention})
         if scheme and built_in(scheme).schemes != as_stored.schemes:
             raise UnsupportedError(
-                f"{checkpoint.folder}: stored as experts {experts.format}, attention {attention.format}, not '{scheme}'",
+                f"{checkpoint.folder}: experts are {experts.format}, attention {attention.format}, not '{scheme}'",
                 hint="leave --scheme out, or quantize from the checkpoint it was made of",
             )
         return as_stored
@@ -113,7 +113,9 @@ def _choose(checkpoint: Checkpoint, scheme: str | None) -> Recipe:
 def _load(checkpoint: Checkpoint, plan: Plan, arguments: dict[str, Any]) -> Any:
     experts, attention = plan.scheme(Role.EXPERTS), plan.scheme(Role.ATTENTION)
     config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-    if attention.is_bnb:
+    if checkpoint.plan.scheme(Role.ATTENTION).is_bnb:
+        _check_ours(checkpoint)  # its own quantization_config stands, and is held against the files
+    elif attention.is_bnb:
         config.quantization_config = quantization_config(experts, attention)
     elif checkpoint.plan.scheme(Role.EXPERTS).format == "mxfp4":
         arguments = arguments | {"quantization_config": Mxfp4Config(dequantize=True)}
@@ -138,11 +140,22 @@ def _load(checkpoint: Checkpoint, plan: Plan, arguments: dict[str, Any]) -> Any:
     return model
 
 
+def _check_ours(checkpoint: Checkpoint) -> None:
+    stated = checkpoint.config.get("quantization_config")
+    if not isinstance(stated, dict) or stated.get("quant_method") != METHOD:
+        raise CheckpointError(
+            f"{checkpoint.folder}: its weights are in 4 bits, its config.json does not say so",
+            hint="restore the config.json that was written with it",
+        )
+
+
 def _tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: no usable tokenizer", hint="copy the model's tokenizer files there") from error
+        raise CheckpointError(
+            f"{folder}: no usable tokenizer", hint="copy the model's tokenizer files there"
+        ) from error
 
 
 def _device_map(device_map: Any, max_memory: Mapping[Any, Any] | None, plan: Plan) -> Any:
@@ -153,15 +166,16 @@ def _device_map(device_map: Any, max_memory: Mapping[Any, Any] | None, plan: Pla
         return device_map
     if device_map != "auto":
         return {"": device_map}
-    if torch.cuda.is_available():
-        return "auto" if torch.cuda.device_count() > 1 or max_memory else {"": 0}
-    free = _host_memory()
+    if torch.cuda.device_count() > 1 or (torch.cuda.is_available() and max_memory):
+        return "auto"
+    on_gpu = torch.cuda.is_available()
+    free = torch.cuda.mem_get_info()[0] if on_gpu else _host_memory()
     if free is not None and plan.nbytes > free:
         raise DoesNotFitError(
-            f"the weights take {size(plan.nbytes)}, {size(free)} of memory are free",
+            f"the weights take {size(plan.nbytes)}, {size(free)} of {'GPU' if on_gpu else 'host'} memory are free",
             hint=f"see `ossquant fit --gpu {max(1, plan.nbytes // 10**9 + 2)}GB`",
         )
-    return {"": "cpu"}
+    return {"": 0 if on_gpu else "cpu"}
 
 
 def _host_memory() -> int | None:
@@ -228,5 +242,3 @@ def _quiet() -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(level)
         transformers_logging.enable_progress_bar()
-
-

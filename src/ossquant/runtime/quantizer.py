@@ -38,7 +38,7 @@ _EXPERT = r"(?<=\d)\.weight"  # gate_up_projs.3.weight; nothing else ends in a n
 
 
 @register_quantization_config(METHOD)
-class OssquantConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class OssquantConfig(QuantizationConfigMixin):
     """The schemes of experts and attention, as tables of a recipe."""
 
     def __init__(
@@ -60,7 +60,7 @@ class OssquantConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 @register_quantizer(METHOD)
-class OssquantQuantizer(HfQuantizer):  # type: ignore[misc]
+class OssquantQuantizer(HfQuantizer):
     """Builds the 4-bit modules and says how each stored tensor gets into them."""
 
     requires_calibration = False
@@ -168,12 +168,15 @@ class OssquantQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         return True
 
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return {name: _as_bf16(name, tensor) for name, tensor in model.state_dict().items()}, {}
+
     @property
     def is_trainable(self) -> bool:
         return True
 
 
-class LoadBnb4(ConversionOps):  # type: ignore[misc]
+class LoadBnb4(ConversionOps):
     """A weight and its statistics, as stored, to a Params4bit."""
 
     def __init__(self, hf_quantizer: OssquantQuantizer) -> None:
@@ -185,7 +188,7 @@ class LoadBnb4(ConversionOps):  # type: ignore[misc]
         return {full_layer_name: params4bit(parts, "weight", model, full_layer_name)}
 
 
-class QuantizeMatrix(ConversionOps):  # type: ignore[misc]
+class QuantizeMatrix(ConversionOps):
     """A bf16 matrix to a Params4bit."""
 
     def __init__(self, hf_quantizer: OssquantQuantizer, scheme: Scheme) -> None:
@@ -198,7 +201,7 @@ class QuantizeMatrix(ConversionOps):  # type: ignore[misc]
         return {full_layer_name: params4bit(_tensors(parts), full_layer_name, model, full_layer_name)}
 
 
-class QuantizeExperts(ConversionOps):  # type: ignore[misc]
+class QuantizeExperts(ConversionOps):
     """A stack of experts, bf16 or MXFP4, to one Params4bit an expert, or to a stack in MXFP4."""
 
     supports_many_to_many = True
@@ -227,7 +230,7 @@ class QuantizeExperts(ConversionOps):  # type: ignore[misc]
         return weights
 
 
-class SplitBias(ConversionOps):  # type: ignore[misc]
+class SplitBias(ConversionOps):
     """A stack of expert biases to one bias an expert."""
 
     def convert(self, input_dict: dict[str, Any], full_layer_name: str, **kwargs: Any) -> Any:
@@ -251,7 +254,9 @@ def check_loaded(model: nn.Module, plan: Plan) -> None:
             raise CheckpointError(f"'{name}' was not loaded", hint="spilling to disk is not supported; free memory")
     expected, found = plan.parameters_4bit, parameters_4bit(model)
     if found != expected:
-        raise CheckpointError(f"{found:,} parameters are in 4 bits, {expected:,} should be", hint="report this as a bug")
+        raise CheckpointError(
+            f"{found:,} parameters are in 4 bits, {expected:,} should be", hint="report this as a bug"
+        )
 
 
 def parameters_4bit(model: nn.Module) -> int:
@@ -294,6 +299,17 @@ def _expert_matrix(stack: dict[str, Tensor], projection: str, expert: int) -> Ma
 def _tensors(parts: dict[str, Any]) -> dict[str, Tensor]:
     # some parts are constants that all tensors share, or not writable
     return {name: torch.from_numpy(part.copy() if part.size <= 4096 else part) for name, part in parts.items()}
+
+
+def _as_bf16(name: str, tensor: Tensor) -> Tensor:
+    """The form in which a checkpoint keeps what is not in four bits, whatever the model computes in."""
+    if not tensor.is_floating_point() or ".weight." in name:  # bitsandbytes' statistics are fp32
+        return tensor
+    cast = tensor.to(torch.bfloat16)
+    if not torch.equal(cast.to(tensor.dtype), tensor):
+        raise UnsupportedError(f"'{name}' has changed in {tensor.dtype}, a checkpoint keeps it in bf16",
+                               hint="round it first: model.to(torch.bfloat16)")  # fmt: skip
+    return cast
 
 
 def _is_repacked(module: nn.Module) -> bool:
