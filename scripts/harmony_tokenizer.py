@@ -86,10 +86,10 @@ def first_special_id(vocab_size: int) -> int:
     """Return the id of <|startoftext|>: the published one where it fits, else near the end of the vocabulary."""
     if vocab_size >= PUBLISHED_FIRST_SPECIAL + len(SPECIAL_TOKENS):
         return PUBLISHED_FIRST_SPECIAL
-    first = vocab_size - UNUSED_ROWS - len(SPECIAL_TOKENS)
-    if first < BYTES:
-        raise ValueError(f"vocab_size {vocab_size} is below {vocab_size - first + BYTES}, the least that holds every byte")
-    return first
+    least = BYTES + len(SPECIAL_TOKENS) + UNUSED_ROWS
+    if vocab_size < least:
+        raise ValueError(f"vocab_size {vocab_size} is below {least}, the least that holds every byte")
+    return vocab_size - UNUSED_ROWS - len(SPECIAL_TOKENS)
 
 
 def special_ids(vocab_size_or_tokenizer: Any) -> dict[str, int]:
@@ -183,7 +183,7 @@ def _as_merges(texts_or_merges: Path | str | Sequence[Any], vocab_size: int) -> 
         return read_merges(Path(texts_or_merges))
     if all(isinstance(item, str) for item in texts_or_merges):
         return train_merges(texts_or_merges, first_special_id(vocab_size) - BYTES)
-    return [(left, right) for left, right in texts_or_merges]
+    return [(merge[0], merge[1]) for merge in texts_or_merges]
 
 
 def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
@@ -193,8 +193,8 @@ def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
 
 def _merges(tokenizer_json: dict[str, Any]) -> list[tuple[str, str]]:
     # Older files hold "left right" in one string, newer ones a pair.
-    merges = tokenizer_json["model"]["merges"]
-    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    merges = [m.split(" ") if isinstance(m, str) else m for m in tokenizer_json["model"]["merges"]]
+    return [(left, right) for left, right in merges]
 
 
 def _tokenizer_config(ids: dict[str, int]) -> dict[str, Any]:

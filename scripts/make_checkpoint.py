@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harmony_tokenizer import generation_config, special_ids, write_tokenizer
 
+from harmony_tokenizer import generation_config, special_ids, write_tokenizer
 from ossquant.checkpoint.writer import CheckpointWriter, plan_shards
 from ossquant.codec import mxfp4
 from ossquant.layout import Role
@@ -48,7 +48,10 @@ def make_checkpoint(output: Path, spec: ModelSpec, form: str = "mxfp4", seed: in
     plan = make_plan(spec, FORMS[form])
     shards = plan_shards(plan, 5 * 10**9)
     pool = _Pool(seed)
-    with CheckpointWriter(output, shards, {"seed": seed}, force=False) as writer, ThreadPoolExecutor(2) as threads:
+    with (
+        CheckpointWriter(output, shards, {"seed": seed}, force=False) as writer,
+        ThreadPoolExecutor(2) as threads,
+    ):
         pieces = [
             partial(_write_piece, writer, pool, part, offset, seed)
             for entry in plan.tensors
@@ -56,8 +59,7 @@ def make_checkpoint(output: Path, spec: ModelSpec, form: str = "mxfp4", seed: in
             for offset in range(0, part.nbytes, PIECE)
             if writer.needs(part.name)
         ]
-        for result in threads.map(lambda piece: piece(), pieces):
-            assert result is None
+        list(threads.map(lambda piece: piece(), pieces))
         write_tokenizer(output, TOKENIZER, spec.vocab_size)
         text = json.dumps(generation_config(spec.vocab_size), indent=2)
         (output / "generation_config.json").write_text(text + "\n")
