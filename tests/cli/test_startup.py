@@ -1,0 +1,106 @@
+"""How fast commands start, and what they load for it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import run_cli
+
+RUNTIME = {"torch", "transformers", "bitsandbytes", "accelerate"}
+CODEC = {"numpy", "numba", "rich", "safetensors", "huggingface_hub"}
+LISTED = """
+import json, sys
+from ossquant.cli import main
+try:
+    main()
+finally:
+    print()
+    print(json.dumps(sorted(sys.modules)))
+"""
+WITHOUT = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "{package}":
+            raise ModuleNotFoundError(f"No module named '{{name}}'", name=name)
+
+sys.meta_path.insert(0, Absent())
+from ossquant.cli import main
+main()
+"""
+
+
+def cpu_seconds(*arguments: str) -> float:
+    """CPU time of a command, system and user, best of three."""
+
+    def once() -> float:
+        program = str(Path(sys.executable).parent / "ossquant")
+        process = subprocess.Popen([program, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        return usage.ru_utime + usage.ru_stime
+
+    return min(once() for _ in range(3))
+
+
+def modules(*arguments: str | Path) -> set[str]:
+    """The packages that a command has loaded when it ends."""
+    done = subprocess.run(
+        [sys.executable, "-c", LISTED, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return {name.partition(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+
+
+def test_help_is_fast() -> None:
+    """`ossquant --help` takes no more than 0.15 s of CPU."""
+    assert cpu_seconds("--help") <= 0.15
+
+
+def test_fit_is_fast() -> None:
+    """`ossquant fit --gpu 4090` takes no more than 0.30 s of CPU."""
+    assert cpu_seconds("fit", "--gpu", "4090") <= 0.30
+
+
+@pytest.mark.parametrize("command", ["fit", "quantize", "run", "bench", ""])
+def test_help_is_cold(command: str) -> None:
+    """Help loads neither the runtime nor numpy, numba or rich."""
+    assert not modules(*command.split(), "--help") & (RUNTIME | CODEC)
+
+
+def test_fit_is_cold() -> None:
+    """`fit` draws a table, and loads no more than that takes."""
+    assert not modules("fit", "--gpu", "4090") & (RUNTIME | CODEC - {"rich"})
+
+
+def test_quantize_is_cold(trained: Path, tmp_path: Path) -> None:
+    """A whole quantization loads neither torch nor transformers nor bitsandbytes, nor what only the hub takes."""
+    loaded = modules("quantize", trained, tmp_path / "out", "--scheme", "nf4")
+    assert (tmp_path / "out/config.json").exists()
+    assert not loaded & (RUNTIME | {"huggingface_hub", "safetensors"})
+
+
+@pytest.mark.parametrize(("command", "package"), [("run", "torch"), ("bench", "torch")])
+def test_without_the_runtime(trained: Path, command: str, package: str) -> None:
+    """Where a package of the runtime is not installed, the error names it and the pip command that installs it."""
+    program = WITHOUT.format(package=package)
+    arguments = {"run": ["run", str(trained), "hello"], "bench": ["bench", str(trained)]}[command]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-2:] == [
+        f"error: running a model needs '{package}', which is not installed",
+        "  try: pip install 'ossquant[run]'",
+    ]
+
+
+def test_version() -> None:
+    """--version prints the installed version."""
+    from importlib.metadata import version
+
+    assert run_cli("--version").stdout == f"ossquant {version('ossquant')}\n"
