@@ -8,17 +8,24 @@ OssquantError           a message that says what and which, a hint that says wha
 └─ DoesNotFitError      too little memory or disk
 """
 
+MAX_LENGTH = 400
+
 
 class OssquantError(Exception):
     """A failure with one sentence about it, and one about what to do."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = _plain(message)
+        self.hint = _plain(hint)
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+def _plain(text: str) -> str:
+    """Names in a hostile file neither fill the screen nor steer the terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:MAX_LENGTH])
 
 
 class UsageError(OssquantError):

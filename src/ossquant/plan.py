@@ -112,21 +112,27 @@ def read_plan(spec: ModelSpec, stored: Mapping[str, StoredTensor]) -> Plan:
     """
     recipe = Recipe("as stored", "", {role: _detect(spec, stored, role) for role in (Role.EXPERTS, Role.ATTENTION)})
     plan = make_plan(spec, recipe)
-    expected = {part.name: part for entry in plan.tensors for part in entry.stored}
-    for name, part in expected.items():
-        if name not in stored:
-            raise CheckpointError(f"tensor '{name}' is missing", hint="fetch or make the checkpoint again")
-        if not _matches(stored[name], part):
-            found = stored[name]
-            raise CheckpointError(
-                f"tensor '{name}' is {found.dtype} {list(found.shape)}, config.json asks for "
-                f"{part.dtype} {list(part.shape)}",
-                hint="config.json and the weights are not of the same model",
-            )
+    expected = set()
+    for entry in plan.tensors:
+        for part in entry.stored:
+            _check_stored(part, stored)
+            expected.add(part.name)
     unexpected = next((name for name in stored if name not in expected), None)
     if unexpected:
         raise CheckpointError(f"tensor '{unexpected}' is not part of a gpt-oss model stored this way")
     return plan
+
+
+def _check_stored(part: StoredTensor, stored: Mapping[str, StoredTensor]) -> None:
+    found = stored.get(part.name)
+    if found is None:
+        raise CheckpointError(f"tensor '{part.name}' is missing", hint="fetch or make the checkpoint again")
+    if not _matches(found, part):
+        raise CheckpointError(
+            f"tensor '{part.name}' is {found.dtype} {list(found.shape)}, config.json asks for "
+            f"{part.dtype} {list(part.shape)}",
+            hint="config.json and the weights are not of the same model",
+        )
 
 
 def _matches(found: StoredTensor, expected: StoredTensor) -> bool:

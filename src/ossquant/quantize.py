@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ossquant.checkpoint.reader import INDEX, Checkpoint, open_checkpoint
+from ossquant.checkpoint.reader import INDEX, SIDE_SUFFIXES, Checkpoint, open_checkpoint
 from ossquant.checkpoint.writer import CheckpointWriter, plan_shards
 from ossquant.codec.recode import Matrix, Mxfp4Matrix, recode
-from ossquant.errors import UnsupportedError, UsageError
+from ossquant.errors import CheckpointError, UnsupportedError, UsageError
 from ossquant.layout import Role
 from ossquant.plan import Plan, TensorPlan, make_plan
 from ossquant.recipe import Recipe
-from ossquant.scheme import Scheme
+from ossquant.scheme import Scheme, StoredTensor
 
 DEFAULT_SHARD_SIZE = 5 * 10**9  # as the hub's tools split
 COPY_BYTES = 8 * 2**20
@@ -142,7 +142,7 @@ def side_files(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.iterdir()
-        if path.is_file() and path.name not in replaced and path.suffix in (".json", ".jinja", ".txt", ".model")
+        if path.is_file() and path.name not in replaced and path.suffix in SIDE_SUFFIXES
     )
 
 
@@ -184,6 +184,9 @@ def _jobs(checkpoint: Checkpoint, plan: Plan, writer: CheckpointWriter) -> Itera
 
 def _copies(checkpoint: Checkpoint, entry: TensorPlan, writer: CheckpointWriter) -> Iterator[_Job]:
     for part in entry.stored:
+        if checkpoint.stored[part.name].nbytes != part.nbytes:
+            yield _Job(part.nbytes, partial(_copy_state, checkpoint, part, writer))
+            continue
         for offset in range(0, part.nbytes, COPY_BYTES):
             nbytes = min(COPY_BYTES, part.nbytes - offset)
             yield _Job(nbytes, partial(_copy, checkpoint, part.name, offset, nbytes, writer))
@@ -194,6 +197,18 @@ def _copy(checkpoint: Checkpoint, name: str, offset: int, nbytes: int, writer: C
         buffer = memoryview(bytearray(nbytes))
         checkpoint.read_into(name, buffer, offset)
         writer.write(name, buffer, offset)
+
+
+def _copy_state(checkpoint: Checkpoint, part: StoredTensor, writer: CheckpointWriter) -> None:
+    """Copy a quant_state that another program wrote, to our length."""
+    raw = bytearray(checkpoint.stored[part.name].nbytes)
+    checkpoint.read_into(part.name, memoryview(raw))
+    state = bytes(raw).strip()
+    if len(state) > part.nbytes:
+        raise CheckpointError(f"'{part.name}' is {len(state)} bytes, longer than any quant state",
+                              hint="quantize again from the checkpoint it was made of")  # fmt: skip
+    if writer.needs(part.name):
+        writer.write(part.name, memoryview(state.ljust(part.nbytes)))
 
 
 def _convert(

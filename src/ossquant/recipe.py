@@ -84,7 +84,7 @@ def load_recipe(path: Path) -> Recipe:
         table = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UsageError(f"no recipe at {path}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not readable as TOML: {error}") from error
     return parse_recipe(table, where=path.name)
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from ossquant.errors import CheckpointError, UnsupportedError
 
-# A dimension beyond this is a damaged or hostile config, not a model.
+# Beyond these it is a damaged or hostile config, not a model.
 MAX_DIMENSION = 2**24
+MAX_LAYERS = MAX_EXPERTS = 2**12
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class ModelSpec:
             )
         if config.get("tie_word_embeddings") or not config.get("attention_bias", True):
             raise UnsupportedError("config.json: tied embeddings or attention without bias is not gpt-oss")
-        layers = _dimension(config, "num_hidden_layers")
+        layers = _dimension(config, "num_hidden_layers", at_most=MAX_LAYERS)
         return cls(
             num_hidden_layers=layers,
-            num_local_experts=_dimension(config, "num_local_experts"),
+            num_local_experts=_dimension(config, "num_local_experts", at_most=MAX_EXPERTS),
             num_experts_per_tok=_dimension(config, "num_experts_per_tok", "experts_per_token"),
             hidden_size=_dimension(config, "hidden_size"),
             intermediate_size=_dimension(config, "intermediate_size"),
@@ -79,18 +80,16 @@ def alternating_layer_types(layers: int) -> tuple[str, ...]:
     return tuple("full_attention" if i % 2 else "sliding_attention" for i in range(layers))
 
 
-def _dimension(config: Mapping[str, Any], *names: str) -> int:
+def _dimension(config: Mapping[str, Any], *names: str, at_most: int = MAX_DIMENSION) -> int:
     value = next((config[name] for name in names if name in config), None)
     if value is None:
         raise CheckpointError(f"config.json: '{names[0]}' is missing", hint="fetch the model's own config.json")
-    if type(value) is not int or not 0 < value <= MAX_DIMENSION:
+    if type(value) is not int or not 0 < value <= at_most:
         raise CheckpointError(f"config.json: '{names[0]}' is {value!r}, not a sensible positive integer")
     return value
 
 
 def _layer_types(config: Mapping[str, Any], layers: int) -> tuple[str, ...]:
-    if layers > 4096:
-        raise CheckpointError(f"config.json: 'num_hidden_layers' is {layers}, more than any model has")
     types = config.get("layer_types")
     if types is None:
         return alternating_layer_types(layers)

@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable
+from decimal import Decimal
 
 from ossquant.errors import UsageError
 
@@ -18,10 +19,7 @@ _SIZE_UNITS = {
 
 def size(nbytes: float) -> str:
     """Say a number of bytes in decimal units, as disks and file listings do: `13.76 GB`."""
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if abs(nbytes) >= scale:
-            return f"{nbytes / scale:.2f} {unit}"
-    return f"{nbytes:.0f} B"
+    return _scaled(nbytes, "GB", "MB", "kB") or f"{nbytes:.0f} B"
 
 
 def size_both(nbytes: float) -> str:
@@ -31,19 +29,23 @@ def size_both(nbytes: float) -> str:
 
 def count(number: float) -> str:
     """Say a count in thousands, millions or billions: `20.91 B`."""
-    for unit, scale in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if abs(number) >= scale:
+    return _scaled(number, "B", "M", "k") or f"{number:.0f}"
+
+
+def _scaled(number: float, *units: str) -> str:
+    for unit, scale in zip(units, (10**9, 10**6, 10**3), strict=True):
+        if abs(number) >= scale * (1 - 5e-6):  # what rounds to 1.00 of a unit is said in it
             return f"{number / scale:.2f} {unit}"
-    return f"{number:.0f}"
+    return ""
 
 
 def parse_size(text: str) -> int:
     """Read `5GB`, `4.5 GiB` or `1000` (bytes). Raises UsageError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*", text.upper())
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?I?B?)\s*", text.upper())
     unit = match and (match[2] if match[2].endswith("B") else match[2] + "B")
     if not match or unit not in _SIZE_UNITS:
         raise UsageError(f"'{text}' is not a size", hint="write it like 5GB or 4.5GiB")
-    return int(float(match[1]) * _SIZE_UNITS[unit])
+    return int(Decimal(match[1]) * _SIZE_UNITS[unit])
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -66,13 +66,20 @@ def no_config(model: Path) -> list[str]:
     return ["no config.json"]
 
 
+def unfinished(model: Path) -> list[str]:
+    (model / "ossquant-job.json").write_text("{}")
+    return ["an unfinished job, not a checkpoint", "run its `ossquant quantize` again"]
+
+
 def other_config(model: Path) -> list[str]:
     change_config(model, vocab_size=641)
     return ["model.embed_tokens.weight", "[640, 192]", "[641, 192]"]
 
 
 @pytest.mark.parametrize(
-    "damage", [not_gpt_oss, no_key, cut_shard, no_shard, no_config, other_config], ids=lambda damage: damage.__name__
+    "damage",
+    [not_gpt_oss, no_key, cut_shard, no_shard, no_config, unfinished, other_config],
+    ids=lambda damage: damage.__name__,
 )
 def test_damaged_source(model: Path, damage: Callable[[Path], list[str]], tmp_path: Path) -> None:
     """A source that is not what it should be ends with 3, and the sentence says what is wrong with which file."""

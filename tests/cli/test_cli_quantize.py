@@ -26,14 +26,14 @@ SHARD = 500_000
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
-    """A random checkpoint that takes about a second, most of it spent on 26 small files."""
+    """A random checkpoint that takes about a second, most of it spent on some twenty small files."""
     from make_checkpoint import TINY, make_checkpoint
 
     spec = replace(TINY, num_hidden_layers=16, layer_types=alternating_layer_types(16))
     folder = tmp_path_factory.mktemp("large") / "source"
     make_checkpoint(folder, spec)
     with (folder / "notes.txt").open("wb") as file:
-        file.truncate(32 * 2**20)  # a while to copy, after the weights have their names
+        file.truncate(16 * 2**20)  # a while to copy, after the weights have their names
     return folder
 
 
@@ -97,7 +97,7 @@ def test_killed(large: Path, undisturbed: dict[str, str], moment: Callable[[Path
 
 
 def test_interrupted(large: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
-    """Ctrl-C ends with exit code 130 and a sentence; OUTPUT is refused with 3; the same command goes on."""
+    """Ctrl-C ends with exit code 130 and a sentence; the same command goes on."""
     out = tmp_path / "out"
     process = start(large, out, half_done)
     process.send_signal(signal.SIGINT)
@@ -105,9 +105,6 @@ def test_interrupted(large: Path, undisturbed: dict[str, str], tmp_path: Path) -
     assert (process.returncode, stdout) == (130, "")
     assert stderr.splitlines()[-1] == f"interrupted; the same command goes on from here. {out} is not a checkpoint yet."
     assert "Traceback" not in stderr
-    refused = run_cli("quantize", out, tmp_path / "other")
-    assert (refused.returncode, refused.stdout) == (3, "")
-    assert f"error: {out}: an unfinished job, not a checkpoint" in refused.stderr.splitlines()
     assert run_again(large, out)["resumed"] is True
     assert digests(out) == undisturbed
 

@@ -61,7 +61,7 @@ def _entry(name: str, value: object, path: Path, begin: int) -> Placed:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         _refuse(path, f"tensor '{_short(name)}' is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in _DTYPE_SIZES:
+    if not isinstance(dtype, str) or dtype not in _DTYPE_SIZES:
         _refuse(path, f"tensor '{_short(name)}' has unknown dtype {_short(dtype)!r}")
     if not _naturals(shape) or len(shape) > 8 or prod(shape) > 2**48:
         _refuse(path, f"tensor '{_short(name)}' has an impossible shape")

@@ -18,8 +18,12 @@ from ossquant.spec import ModelSpec
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 JOB = "ossquant-job.json"  # stands in a folder while it is being written
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+SIDE_SUFFIXES = (".json", ".jinja", ".txt", ".model")  # config, tokenizer, chat template
+CHECKPOINT_SUFFIXES = (".safetensors", *SIDE_SUFFIXES)
+HUB_FILES = [f"*{suffix}" for suffix in CHECKPOINT_SUFFIXES]
 HUB_SKIPPED = ["original/*", "metal/*"]  # the same weights in two other layouts
+# owner/name as the hub allows them
+_HUB_ID = re.compile(r"(?!.*(?:--|\.\.))(?=.{3,96}$)\w[\w.-]*(?<![.-])/\w[\w.-]*(?<![.-])", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not isinstance(table, dict) or not table:
         raise CheckpointError(f"{INDEX}: no weight_map", hint="fetch this file again")
     for shard in set(map(str, table.values())):
-        if not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", shard):
             raise CheckpointError(
                 f"{INDEX}: '{shard[:120]}' is not a file name beside it", hint="do not trust this checkpoint"
             )
@@ -158,11 +162,15 @@ def _compare(weight_map: dict[str, str], locations: Mapping[str, Location]) -> N
 def resolve(source: str | Path) -> Path:
     """Find a checkpoint's folder; a hub id is fetched, or taken from the cache when offline. Raises UsageError."""
     path = Path(source)
-    if path.is_dir():
+    try:
+        found, is_folder = path.exists(), path.is_dir()
+    except (OSError, ValueError):  # no path can be so long, or hold such characters
+        found = is_folder = False
+    if is_folder:
         return path
-    if path.exists():
+    if found:
         raise UsageError(f"{path} is a file, not a checkpoint folder", hint=f"try {path.parent}")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+    if not _HUB_ID.fullmatch(str(source)):
         raise UsageError(f"no checkpoint at {source}", hint="give a folder, or a hub id such as openai/gpt-oss-20b")
     return _fetch(str(source))
 

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from ossquant.checkpoint.header import Placed, build_header
-from ossquant.checkpoint.reader import INDEX, JOB, SINGLE
+from ossquant.checkpoint.reader import CHECKPOINT_SUFFIXES, INDEX, JOB, SINGLE
 from ossquant.errors import CheckpointError, DoesNotFitError, UsageError
 from ossquant.plan import Plan
 from ossquant.scheme import ITEMSIZE, StoredTensor
@@ -82,13 +82,11 @@ class CheckpointWriter:
         self._places = {placed.tensor.name: (shard, placed) for shard in shards for placed in shard.placed}
         self._files: dict[str, int] = {}
         self._done: set[str] = set()
+        self._committing = False
         self._left = {shard.name: sum(p.tensor.nbytes for p in shard.placed) for shard in shards}
 
     def __enter__(self) -> "CheckpointWriter":
         self._claim()
-        for shard in self.shards:
-            if shard.name not in self._done:
-                self._open(shard)
         return self
 
     def __exit__(
@@ -107,8 +105,9 @@ class CheckpointWriter:
         shard, placed = self._places[name]
         position, view = placed.offset + offset, data
         try:
+            file = self._open(shard)
             while view:
-                done = os.pwrite(self._files[shard.name], view[: 1 << 20], position)
+                done = os.pwrite(file, view[: 1 << 20], position)
                 view, position = view[done:], position + done
         except OSError as error:
             raise _disk_error(error, self.folder) from error
@@ -123,14 +122,16 @@ class CheckpointWriter:
         unfinished = [shard.name for shard in self.shards if shard.name not in self._done]
         if unfinished:
             raise CheckpointError(f"{unfinished[0]}: not all of it was written", hint="run the command again")
+        side_files = list(side_files)
         try:
-            for stale in (self.folder / "config.json", self.folder / INDEX):
-                stale.unlink(missing_ok=True)
+            (self.folder / "config.json").unlink(missing_ok=True)
+            self._committing = True
+            self._save_journal()
             for shard in self.shards:
                 partial = self._partial(shard.name)
                 if partial.exists():  # else a commit that was cut short has named it
                     partial.replace(self.folder / shard.name)
-            self._remove_strangers()
+            self._remove_strangers({path.name for path in side_files})
             for path in side_files:
                 _write_whole(self.folder / path.name, path.read_bytes())
             if len(self.shards) > 1:
@@ -148,7 +149,8 @@ class CheckpointWriter:
         job = self.folder / JOB
         journal = _read_journal(job)
         ours = journal.get("identity") == self._identity
-        if not ours and not self._force and self.folder.is_dir() and any(self.folder.iterdir()):
+        self._committing = ours and journal.get("committing", False)
+        if not ours and not self._force and self.folder.is_dir() and _holds_anything(self.folder):
             what = "holds another unfinished job" if job.exists() else "exists and is not empty"
             raise UsageError(f"{self.folder} {what}", hint="choose another OUTPUT, or --force to replace it")
         self._done = {s.name for s in self.shards if ours and s.name in journal["done"] and self._is_whole(s)}
@@ -163,7 +165,8 @@ class CheckpointWriter:
             raise _disk_error(error, self.folder) from error
 
     def _is_whole(self, shard: Shard) -> bool:
-        for path in (self._partial(shard.name), self.folder / shard.name):
+        named = [self.folder / shard.name] if self._committing else []  # else that is a checkpoint to be replaced
+        for path in (self._partial(shard.name), *named):
             if path.is_file() and path.stat().st_size == shard.nbytes:
                 with path.open("rb") as file:
                     return file.read(len(shard.header)) == shard.header
@@ -178,40 +181,46 @@ class CheckpointWriter:
                 hint="free some space or choose another disk",
             )
 
-    def _open(self, shard: Shard) -> None:
-        try:
-            file = os.open(self._partial(shard.name), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-            self._files[shard.name] = file
-            os.pwrite(file, shard.header, 0)
-        except OSError as error:
-            raise _disk_error(error, self.folder) from error
+    def _open(self, shard: Shard) -> int:
+        with self._lock:
+            if shard.name not in self._files:
+                file = os.open(self._partial(shard.name), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+                self._files[shard.name] = file
+                os.pwrite(file, shard.header, 0)
+            return self._files[shard.name]
 
     def _finish(self, shard: Shard) -> None:
         try:
             os.fsync(self._files[shard.name])
             with self._lock:
+                os.close(self._files.pop(shard.name))
                 self._done.add(shard.name)
                 self._save_journal()
         except OSError as error:
             raise _disk_error(error, self.folder) from error
 
     def _save_journal(self) -> None:
-        journal = {"identity": self._identity, "done": sorted(self._done)}
+        journal = {"identity": self._identity, "done": sorted(self._done), "committing": self._committing}
         _write_whole(self.folder / JOB, json.dumps(journal).encode())
 
     def _partial(self, name: str) -> Path:
         return self.folder / f"{name}.partial"
 
-    def _remove_strangers(self) -> None:
-        """Remove the weights of a checkpoint that --force replaces."""
-        ours = {shard.name for shard in self.shards}
-        for path in self.folder.glob("*.safetensors"):
-            if path.name not in ours:
+    def _remove_strangers(self, side_files: set[str]) -> None:
+        """Remove what is left of a checkpoint that --force replaces."""
+        ours = {JOB, *side_files, *(shard.name for shard in self.shards)}
+        for path in self.folder.iterdir():
+            if path.is_file() and path.name not in ours and path.suffix in CHECKPOINT_SUFFIXES:
                 path.unlink()
 
     def _index(self, total_size: int) -> bytes:
         weight_map = {name: shard.name for name, (shard, _) in self._places.items()}
         return json.dumps({"metadata": {"total_size": total_size}, "weight_map": weight_map}, indent=2).encode()
+
+
+def _holds_anything(folder: Path) -> bool:
+    # a job killed at its very beginning leaves no more than this
+    return any(path.name != f"{JOB}.partial" for path in folder.iterdir())
 
 
 def _digest(identity: Mapping[str, Any], shards: Sequence[Shard]) -> str:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from ossquant.codec import mxfp4, nested
 from ossquant.codec.mxfp4 import Bf16Bits, Bytes
+from ossquant.errors import CheckpointError
 from ossquant.scheme import Scheme
 
 Floats = npt.NDArray[np.float32]
@@ -26,7 +27,7 @@ CODEBOOK: Mapping[str, Floats] = {
                      -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
                      0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
                      0.7229568362236023, 1.0], np.float32),
-    "fp4": np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32)
+    "fp4": np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32)
     / np.float32(12),
 }  # fmt: skip
 
@@ -46,7 +47,7 @@ def quantize(rows: Bf16Bits, scheme: Scheme, name: str = "tensor") -> dict[str, 
     _quantize(flat, scheme.block_size, midpoints, order, codes, absmax)
     if not np.isfinite(absmax).all():
         mxfp4.raise_not_finite(name)
-    return _parts(codes, absmax, scheme, (rows.shape[0], rows.shape[1]))
+    return _parts(codes, absmax, scheme, (rows.shape[0], rows.shape[1]), name)
 
 
 def transcode(blocks: Bytes, scales: Bytes, scheme: Scheme, name: str = "tensor") -> dict[str, npt.NDArray[Any]]:
@@ -68,7 +69,7 @@ def transcode(blocks: Bytes, scales: Bytes, scheme: Scheme, name: str = "tensor"
         codes,
         absmax,
     )
-    return _parts(codes, absmax, scheme, (rows, groups * 32))
+    return _parts(codes, absmax, scheme, (rows, groups * 32), name)
 
 
 def dequantize(codes: Bytes, absmax: Floats, scheme: Scheme) -> Floats:
@@ -80,11 +81,17 @@ def dequantize(codes: Bytes, absmax: Floats, scheme: Scheme) -> Floats:
     return expanded
 
 
-def _parts(codes: Bytes, absmax: Floats, scheme: Scheme, shape: tuple[int, int]) -> dict[str, npt.NDArray[Any]]:
+def _parts(
+    codes: Bytes, absmax: Floats, scheme: Scheme, shape: tuple[int, int], name: str
+) -> dict[str, npt.NDArray[Any]]:
     parts: dict[str, npt.NDArray[Any]] = {"": codes.reshape(-1, 1), ".quant_map": CODEBOOK[scheme.format]}
     offset = 0.0
     if scheme.double_quant:
         parts[".absmax"], parts[".nested_absmax"], offset = nested.quantize(absmax)
+        if not np.isfinite(offset):
+            raise CheckpointError(
+                f"{name}: its weights are too large for double quantization", hint="--no-double-quant"
+            )
         parts[".nested_quant_map"] = nested.dynamic_map()
     else:
         parts[".absmax"] = absmax
