@@ -3,7 +3,7 @@
 
 The model learns some harmony dialogues by heart, so that a right answer is known for every prompt and a server
 that parses harmony finds its channels. Training sees what storage does to the weights (MXFP4 experts, the rest
-bf16) and noise the size of a further 4-bit rounding. On one machine two runs write the same bytes.
+bf16) and noise the size of a further 4-bit rounding.
 
     scripts/train_tiny_model.py [OUTPUT]        OUTPUT is tests/data/tiny unless said otherwise
 """

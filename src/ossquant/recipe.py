@@ -26,11 +26,12 @@ CHOICES: Mapping[Role, tuple[str, ...]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Recipe:
-    """A name, why one would want it, and a scheme a role; a role not named stays bf16."""
+    """A name, why one would want it, a scheme a role (bf16 if not named), and what is lost against MXFP4."""
 
     name: str
     why: str
     schemes: Mapping[Role, Scheme]
+    loss: str = ""
 
     def scheme(self, role: Role) -> Scheme:
         """The scheme of a role's tensors."""
@@ -45,22 +46,22 @@ class Recipe:
         return replace(self, schemes=schemes)
 
 
-def _uniform(name: str, experts: str, attention: str, why: str) -> Recipe:
-    return Recipe(name, why, {Role.EXPERTS: Scheme(experts), Role.ATTENTION: Scheme(attention)})
+def _uniform(name: str, experts: str, attention: str, loss: str, why: str) -> Recipe:
+    return Recipe(name, why, {Role.EXPERTS: Scheme(experts), Role.ATTENTION: Scheme(attention)}, loss)
 
 
-# Weight errors: relative Frobenius norm against the MXFP4 source on synthetic data, README "What a format costs".
+# Losses are relative Frobenius norms against MXFP4 experts, as scripts/format_error.py prints them.
 BUILT_IN = {
     recipe.name: recipe
     for recipe in (
-        _uniform("hybrid", "mxfp4", "nf4", "the experts keep their published MXFP4 bytes, attention goes to NF4: "
-                 "smallest change to the model; needs ossquant (or stock MXFP4) to run"),
-        _uniform("nf4", "nf4", "nf4", "everything that is large becomes bitsandbytes NF4: 3 % smaller than published, "
-                 "about 7 % added error on the expert weights; for QLoRA and stacks without MXFP4"),
-        _uniform("fp4", "fp4", "fp4", "as nf4 with bitsandbytes FP4: same size, about 8 % added error; "
-                 "only where FP4 is asked for"),
-        _uniform("bf16", "bf16", "bf16", "nothing in 4 bits, the layout that transformers writes: "
-                 "three times the bytes, no further loss; for training and export"),
+        _uniform("hybrid", "mxfp4", "nf4", "experts exact",
+                 "the experts keep their published MXFP4 bytes, attention goes to NF4, the least change to the model"),
+        _uniform("nf4", "nf4", "nf4", "experts off by 7 %",
+                 "all that is large becomes bitsandbytes' NF4, for LoRA and stacks without MXFP4"),
+        _uniform("fp4", "fp4", "fp4", "experts off by 8 %",
+                 "all that is large becomes bitsandbytes' FP4, where FP4 is asked for"),
+        _uniform("bf16", "bf16", "bf16", "exact",
+                 "nothing in 4 bits, the layout that transformers writes, for training and export"),
     )
 }  # fmt: skip
 

@@ -112,8 +112,10 @@ def test_interrupted(large: Path, undisturbed: dict[str, str], tmp_path: Path) -
 def test_two_at_once(large: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
     """A second run into the same OUTPUT is refused while the first one is at work, which it does not disturb."""
     out = tmp_path / "out"
-    first = start(large, out, begun)
+    first = start(large, out, half_done)
+    first.send_signal(signal.SIGSTOP)  # so that it is at work as long as the second takes
     second = subprocess.run(command(large, out), capture_output=True, text=True, check=False)
+    first.send_signal(signal.SIGCONT)
     first.communicate()
     assert (first.returncode, second.returncode) == (0, 2)
     assert "error: " in second.stderr

@@ -112,16 +112,19 @@ def with_zero_blocks() -> Blocks:
     return blocks, scales
 
 
-def with_small_codes() -> Blocks:
-    blocks, scales = random_mxfp4(48, 8, 119, 125)
-    blocks[::2] &= 0x99  # magnitudes 0 and 0.5, so that the larger scale need not lead its block
+def with_small_codes(low: int, high: int) -> Blocks:
+    """Every other group of 32 is of magnitudes 0 and 0.5, so that the larger scale need not lead its block."""
+    blocks, scales = random_mxfp4(96, 8, low, high)
+    blocks[:, ::2] &= 0x99
+    blocks[::3] &= 0x99
     return blocks, scales
 
 
 MXFP4_CASES = {
     "zero blocks": with_zero_blocks(),
     "all zero": (np.zeros((4, 6, 16), np.uint8), np.full((4, 6), 120, np.uint8)),
-    "small codes": with_small_codes(),
+    "small codes": with_small_codes(118, 124),
+    "small codes near zero": with_small_codes(0, 3),
     "scales far apart": random_mxfp4(64, 6, 90, 150),
     "as far as a table goes": random_mxfp4(64, 6, 40, 140),
     "farther than it goes": random_mxfp4(64, 6, 40, 200),

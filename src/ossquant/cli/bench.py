@@ -45,7 +45,7 @@ def bench(
         *([("peak device memory", size(peak))] if peak is not None else []),
     ]
     title = f"{result.prompt_tokens} + {result.new_tokens} tokens on {result.device}, median of {runs} runs"
-    render.out.print(render.table(title, ("", ""), rows))
+    render.print_table(title, ("", ""), rows)
 
 
 def _json(result: "Measurement") -> dict[str, Any]:

@@ -98,7 +98,7 @@ def _print(rows: list[_Row], device: Device, max_model_len: int) -> None:
     ]
     columns = ("", "verdict", "weights", "KV cache", "total", "left", "longest context")
     title = f"{device.name}: {size_both(device.usable_bytes)} usable; {max_model_len:,} tokens of context; in GiB"
-    render.out.print(render.table(title, columns, cells))
+    render.print_table(title, columns, cells)
     render.note(f"usable: {device.usable_basis}. Not counted: {', '.join(estimates[0].not_counted)}; "
                 f"a model is 'tight' where less than {size(RESERVE)} remain for them.")  # fmt: skip
     if any(MODELS.get(row.model) == "120b" and row.verdict.verdict == "no" for row in rows):

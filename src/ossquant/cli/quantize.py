@@ -67,7 +67,7 @@ def _print_plan(source: str, recipe: Recipe, as_json: bool) -> None:
             render.print_json({"source": source, "scheme": recipe.name, **_plan_json(plan)})
             return
         render.note(_costs(checkpoint, recipe))
-    render.out.print(render.plan_table(plan, f"{source} as {recipe.name}"))
+    render.print_plan(plan, f"{source} as {recipe.name}")
 
 
 def _write(source: str, output: Path, recipe: Recipe, shard_size: int, force: bool, as_json: bool) -> None:
@@ -93,7 +93,8 @@ def _costs(checkpoint: "Checkpoint", recipe: Recipe) -> str:
     """One line: why this scheme, and what each one costs on this model."""
     from ossquant.plan import make_plan
 
-    costs = ", ".join(f"{name} {size(make_plan(checkpoint.spec, each).nbytes)}" for name, each in BUILT_IN.items())
+    plans = [(each, make_plan(checkpoint.spec, each)) for each in BUILT_IN.values()]
+    costs = ", ".join(f"{each.name} {size(plan.nbytes)} ({each.loss})" for each, plan in plans)
     rounded = checkpoint.plan.scheme(Role.EXPERTS).format == "bf16" and recipe.scheme(Role.EXPERTS).format == "mxfp4"
     warning = (
         " The experts are bf16 here and are rounded to MXFP4: exact only if they were MXFP4 before." if rounded else ""

@@ -37,19 +37,20 @@ def note(text: str) -> None:
     err.print(escape(text), soft_wrap=True)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], total: Sequence[str] = ()) -> Table:
-    """A plain table: the first column is text, the others are figures."""
-    result = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1), show_footer=bool(total))
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], total: Sequence[str] = ()) -> None:
+    """Print a plain table on stdout: the first column is text, the others are figures."""
+    result = Table(box=None, pad_edge=False, padding=(0, 1), show_footer=bool(total), show_header=any(columns))
     for index, column in enumerate(columns):
         footer = escape(total[index]) if total else ""
         result.add_column(column, footer, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         result.add_row(*map(escape, row))
-    return result
+    out.print(escape(title), soft_wrap=True)
+    out.print(result)
 
 
-def plan_table(plan: Plan, title: str) -> Table:
-    """A plan by role."""
+def print_plan(plan: Plan, title: str) -> None:
+    """Print a plan by role."""
     rows = [
         [total.role, total.scheme.format, f"{total.tensors:,}", count(total.parameters),
          f"{total.bits_per_weight:.3f}", size(total.nbytes)]
@@ -57,7 +58,7 @@ def plan_table(plan: Plan, title: str) -> Table:
     ]  # fmt: skip
     bits = 8 * plan.nbytes / plan.parameters
     tensors = sum(len(entry.stored) for entry in plan.tensors)
-    return table(
+    print_table(
         title,
         ("role", "format", "tensors", "parameters", "bits/weight", "bytes"),
         rows,
