@@ -5,6 +5,7 @@ journal, ossquant-job.json, lists those that are done. When all are, they get th
 then config.json: without it no reader takes the folder for a checkpoint.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -86,7 +87,12 @@ class CheckpointWriter:
         self._left = {shard.name: sum(p.tensor.nbytes for p in shard.placed) for shard in shards}
 
     def __enter__(self) -> "CheckpointWriter":
-        self._claim()
+        self._claim_alone()
+        try:
+            self._claim()
+        except BaseException:
+            os.close(self._folder_file)
+            raise
         return self
 
     def __exit__(
@@ -95,6 +101,7 @@ class CheckpointWriter:
         for file in self._files.values():
             os.close(file)
         self._files.clear()
+        os.close(self._folder_file)  # and with it the lock
 
     def needs(self, name: str) -> bool:
         """Whether a tensor's file is still to be written."""
@@ -142,10 +149,22 @@ class CheckpointWriter:
         except OSError as error:
             raise _disk_error(error, self.folder) from error
 
-    def _claim(self) -> None:
-        """Make the folder ours: new, resumed, or with --force."""
+    def _claim_alone(self) -> None:
+        """Lock the folder, so that two runs do not write the same files; a killed one leaves no lock."""
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"{self.folder} is a file", hint="choose another OUTPUT")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._folder_file = os.open(self.folder, os.O_RDONLY)
+            fcntl.flock(self._folder_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._folder_file)
+            raise UsageError(f"{self.folder}: another run is writing there", hint="wait for it to end") from error
+        except OSError as error:
+            raise _disk_error(error, self.folder) from error
+
+    def _claim(self) -> None:
+        """Make the folder ours: new, resumed, or with --force."""
         job = self.folder / JOB
         journal = _read_journal(job)
         ours = journal.get("identity") == self._identity
@@ -155,7 +174,6 @@ class CheckpointWriter:
             raise UsageError(f"{self.folder} {what}", hint="choose another OUTPUT, or --force to replace it")
         self._done = {s.name for s in self.shards if ours and s.name in journal["done"] and self._is_whole(s)}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             for stale in self.folder.glob("*.partial"):
                 if stale.name.removesuffix(".partial") not in self._done:
                     stale.unlink()

@@ -73,10 +73,13 @@ def _print_plan(source: str, recipe: Recipe, as_json: bool) -> None:
 def _write(source: str, output: Path, recipe: Recipe, shard_size: int, force: bool, as_json: bool) -> None:
     from ossquant.checkpoint.reader import open_checkpoint
     from ossquant.cli import render
-    from ossquant.quantize import quantize as write_quantized
 
     with open_checkpoint(source) as checkpoint:
         render.note(_costs(checkpoint, recipe))
+    from ossquant.quantize import (
+        quantize as write_quantized,
+    )  # numba takes a moment, a wrong SOURCE need not wait for it
+
     try:
         with render.byte_progress(recipe.name) as progress:
             report = write_quantized(source, output, recipe, max_shard_size=shard_size, force=force, progress=progress)
