@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -60,11 +61,17 @@ def make_checkpoint(output: Path, spec: ModelSpec, form: str = "mxfp4", seed: in
             if writer.needs(part.name)
         ]
         list(threads.map(lambda piece: piece(), pieces))
-        write_tokenizer(output, TOKENIZER, spec.vocab_size)
-        text = json.dumps(generation_config(spec.vocab_size), indent=2)
-        (output / "generation_config.json").write_text(text + "\n")
-        writer.commit(output_config(_config(spec), plan), plan.nbytes, [])
+        with TemporaryDirectory() as folder:
+            side_files = _write_side_files(Path(folder), spec)
+            writer.commit(output_config(_config(spec), plan), plan.nbytes, side_files)
     return plan
+
+
+def _write_side_files(folder: Path, spec: ModelSpec) -> list[Path]:
+    write_tokenizer(folder, TOKENIZER, spec.vocab_size)
+    text = json.dumps(generation_config(spec.vocab_size), indent=2)
+    (folder / "generation_config.json").write_text(text + "\n")
+    return sorted(folder.iterdir())
 
 
 class _Pool:
