@@ -55,7 +55,13 @@ def fit(
     if as_json:
         from ossquant.cli import render
 
-        render.print_json([_json(row, max_model_len) for row in rows])
+        render.print_json(
+            {
+                "device": {"name": device.name, "usable": device.usable_bytes},
+                "max_model_len": max_model_len,
+                "results": [_json(row) for row in rows],
+            }
+        )
     else:
         _print(rows, device, max_model_len)
     if all(row.verdict.verdict == "no" for row in rows):
@@ -106,13 +112,11 @@ def _print(rows: list[_Row], device: Device, max_model_len: int) -> None:
                     "on 24 GB with most experts in 39 GiB of host memory (--n-cpu-moe).")  # fmt: skip
 
 
-def _json(row: _Row, max_model_len: int) -> dict[str, Any]:
+def _json(row: _Row) -> dict[str, Any]:
     verdict = row.verdict
     return {
         "model": row.model,
         "scheme": row.scheme,
-        "device": {"name": verdict.device.name, "usable": verdict.device.usable_bytes},
-        "max_model_len": max_model_len,
         "verdict": verdict.verdict,
         "weights": verdict.estimate.weights,
         "kv_cache": verdict.estimate.kv_cache,
