@@ -17,7 +17,6 @@ from ossquant.plan import make_plan
 from ossquant.recipe import built_in
 from ossquant.runtime import load, quantizer
 from ossquant.runtime.load import placement
-from ossquant.scheme import Scheme
 
 FOUR_BIT = ("hybrid", "nf4", "fp4")
 TOLERANCE = 1e-5
@@ -301,4 +300,3 @@ def test_fp32_is_not_computed_in_bf16(quantized: dict[str, Path]) -> None:
     with torch.no_grad():
         model(torch.tensor([[1, 2, 3]]))
     assert not any(quantizer._is_repacked(module) for module in model.modules())
-    assert Scheme("nf4").is_bnb
