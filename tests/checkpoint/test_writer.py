@@ -142,6 +142,15 @@ def test_force(source: Path, whole: dict[str, bytes], quantized: dict[str, Path]
     assert contents(tmp_path / "out") == whole
 
 
+def test_force_spares_what_is_no_checkpoint(source: Path, tmp_path: Path) -> None:
+    """--force on a folder of something else, say a home folder, is refused and leaves it alone."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="holds no checkpoint"):
+        quantize(source, tmp_path / "out", HYBRID, max_shard_size=SHARD, force=True)
+    assert contents(tmp_path / "out") == {"notes.txt": b"mine"}
+
+
 def test_resumes(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     """An interrupted job leaves no checkpoint, and goes on with the files that are done."""
     interrupt(source, tmp_path / "out", 0.7)

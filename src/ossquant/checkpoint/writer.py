@@ -169,9 +169,8 @@ class CheckpointWriter:
         journal = _read_journal(job)
         ours = journal.get("identity") == self._identity
         self._committing = ours and journal.get("committing", False)
-        if not ours and not self._force and self.folder.is_dir() and _holds_anything(self.folder):
-            what = "holds another unfinished job" if job.exists() else "exists and is not empty"
-            raise UsageError(f"{self.folder} {what}", hint="choose another OUTPUT, or --force to replace it")
+        if not ours and _holds_anything(self.folder):
+            self._check_replaceable(job)
         self._done = {s.name for s in self.shards if ours and s.name in journal["done"] and self._is_whole(s)}
         try:
             for stale in self.folder.glob("*.partial"):
@@ -181,6 +180,16 @@ class CheckpointWriter:
             self._save_journal()
         except OSError as error:
             raise _disk_error(error, self.folder) from error
+
+    def _check_replaceable(self, job: Path) -> None:
+        if not job.exists() and not (self.folder / "config.json").exists():
+            raise UsageError(
+                f"{self.folder} exists and is not empty, and holds no checkpoint",
+                hint="choose another OUTPUT; --force replaces checkpoints only",
+            )
+        if not self._force:
+            what = "holds another unfinished job" if job.exists() else "exists and is not empty"
+            raise UsageError(f"{self.folder} {what}", hint="choose another OUTPUT, or --force to replace it")
 
     def _is_whole(self, shard: Shard) -> bool:
         named = [self.folder / shard.name] if self._committing else []  # else that is a checkpoint to be replaced

@@ -30,7 +30,7 @@ def quantize(
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 5GB.")] = "5GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is in OUTPUT.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the checkpoint in OUTPUT.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make a 4-bit checkpoint. Needs neither torch nor a GPU.

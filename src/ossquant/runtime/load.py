@@ -234,11 +234,12 @@ def _one_tensor_at_a_time(wanted: bool) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence transformers' own bar and reports: what they would tell is an error of ours."""
-    level = transformers_logging.get_verbosity()
+    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()
+        if bar:
+            transformers_logging.enable_progress_bar()
