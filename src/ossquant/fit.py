@@ -1,53 +1,243 @@
-"""FitVerdict: whether a plan fits a device, and up to which context."""
+"""FitVerdict: whether a plan fits a machine under an engine, how, and up to what."""
 
-from bisect import bisect_right
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
-from ossquant.hardware import Device
-from ossquant.memory import MemoryEstimate, estimate, kv_cache_bytes
-from ossquant.plan import Plan
+from ossquant.decode import DecodeRate, decode_rate
+from ossquant.errors import UsageError
+from ossquant.hardware import Device, Machine, devices
+from ossquant.layout import Role
+from ossquant.memory import Engine, MemoryEstimate, Workload, estimate, vllm
+from ossquant.plan import Plan, make_plan
+from ossquant.recipe import BUILT_IN, SERVED, Recipe
+from ossquant.spec import ModelSpec
 from ossquant.units import GIB
 
-# For what an estimate does not count: compute buffers of 415 MiB (llama.cpp at ubatch 512, or in transformers
-# the fp32 logits of 541 prefilled tokens) and a driver context of up to 0.4 GiB. Published logs, 2026-11-22.
-RESERVE = 8 * GIB // 10
+Verdict = Literal["fits", "tight", "offload", "no"]
+_BEST_FIRST: tuple[Verdict, ...] = ("fits", "tight", "offload", "no")
+FORMATS: dict[str, Recipe] = SERVED | BUILT_IN
+# what each engine loads, best first
+ENGINE_FORMATS: dict[str, tuple[str, ...]] = {
+    "llama.cpp": ("gguf-q8", "gguf-bf16"),
+    "ollama": ("gguf-bf16", "gguf-q8"),
+    "vllm": ("mxfp4", "int4", "bf16"),
+    "transformers": ("mxfp4", "hybrid", "nf4", "fp4", "bf16"),
+}
+MAX_SEQUENCES = 4096
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is held against a machine: a model in a format, under an engine."""
+
+    model: str
+    format: str
+    engine: Engine
+    plan: Plan
 
 
 @dataclass(frozen=True)
 class FitVerdict:
     """The answer, and what it rests on.
 
-    verdict: "fits"; "tight" where what is counted leaves less than RESERVE; "no" where it is too much.
-    headroom is the usable bytes that remain, negative if bytes are lacking. longest_max_model_len is the
-    longest context that fits, 0 if none does.
+    verdict: "fits" where the high figure fits, "tight" where only the expected one does, "offload" where it
+    fits with the workload's n_cpu_moe or n_cpu_layers on the host, "no" otherwise. usable and headroom
+    (usable less the expected total) are bytes over all devices; for vLLM usable is what
+    gpu_memory_utilization leaves. longest_max_model_len and most_num_seqs fit as "fits" does, 0 if none.
+    obstacle says why a machine cannot run it at all. decode is None if not known.
     """
 
-    verdict: Literal["fits", "tight", "no"]
+    candidate: Candidate
+    machine: Machine
+    workload: Workload
     estimate: MemoryEstimate
-    device: Device
-    headroom: int
+    usable: int
+    verdict: Verdict
     longest_max_model_len: int
+    most_num_seqs: int
+    decode: DecodeRate | None
+    obstacle: str = ""
+
+    @property
+    def headroom(self) -> int:
+        """Usable bytes that are left, negative if bytes are lacking."""
+        return self.usable - self.estimate.total.expected
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        """Rent of all devices, None if not known."""
+        price = self.machine.device.usd_per_hour
+        return None if price is None else price * self.machine.count
+
+    def usd_per_million_tokens(self) -> tuple[float, float] | None:
+        """What a million written tokens cost, at the high and at the low decode rate."""
+        if self.usd_per_hour is None or self.decode is None:
+            return None
+        per_hour = self.usd_per_hour * 1e6 / 3600
+        return per_hour / self.decode.high, per_hour / self.decode.low
 
 
-def fit(plan: Plan, device: Device, max_model_len: int) -> FitVerdict:
-    """Hold a plan with a context of max_model_len tokens against a device.
+def candidate(model: str, spec: ModelSpec, name: str, engine: Engine) -> Candidate:
+    """Plan a model in one of FORMATS for an engine. Raises UsageError if the engine does not load it."""
+    if name not in ENGINE_FORMATS[engine.name]:
+        raise UsageError(
+            f"{engine.name} does not load {name}", hint=f"it loads {', '.join(ENGINE_FORMATS[engine.name])}"
+        )
+    return Candidate(model, name, engine, _plan(spec, name))
 
-    Raises UsageError for a length the model does not have.
+
+@cache
+def _plan(spec: ModelSpec, name: str) -> Plan:
+    return make_plan(spec, FORMATS[name])
+
+
+def fit(candidate: Candidate, machine: Machine, workload: Workload, plan_offload: bool = True) -> FitVerdict:
+    """Hold a candidate with a workload against a machine; experts or layers go to the host if they must.
+
+    A workload with n_cpu_moe of its own is taken as it is, and any with plan_offload off. Raises UsageError
+    for a workload that cannot be.
     """
-    needed = estimate(plan, max_model_len)
-    headroom = device.usable_bytes - needed.total
-    return FitVerdict(_verdict(headroom), needed, device, headroom, longest_max_model_len(plan, device))
+    question = _Question(candidate, machine)
+    obstacle = question.obstacle(workload)
+    if plan_offload and not obstacle and not workload.n_cpu_moe and question.state(workload) == "no":
+        workload = question.offloaded(workload) or workload
+    verdict: Verdict = "no" if obstacle else question.state(workload)
+    on_host = workload.n_cpu_moe or workload.n_cpu_layers
+    return FitVerdict(
+        candidate=candidate,
+        machine=machine,
+        workload=workload,
+        estimate=question.estimate(workload),
+        usable=question.usable(workload),
+        verdict="offload" if on_host and verdict == "fits" else verdict,
+        longest_max_model_len=0 if obstacle else question.longest_max_model_len(workload),
+        most_num_seqs=0 if obstacle else question.most_num_seqs(workload),
+        decode=question.decode(workload) if verdict != "no" else None,
+        obstacle=obstacle,
+    )
 
 
-def longest_max_model_len(plan: Plan, device: Device) -> int:
-    """The longest context of the model that leaves RESERVE on a device; 0 if none does."""
-    free = device.usable_bytes - RESERVE - plan.nbytes
-    lengths = range(1, plan.spec.max_position_embeddings + 1)
-    return bisect_right(lengths, free, key=lambda length: kv_cache_bytes(plan.spec, length))
+@dataclass(frozen=True)
+class _Question:
+    candidate: Candidate
+    machine: Machine
+
+    def estimate(self, workload: Workload) -> MemoryEstimate:
+        device, count = self.machine.device, self._devices_used(workload)
+        return estimate(self._loaded(), self.candidate.engine, workload, device, count)
+
+    def usable(self, workload: Workload) -> int:
+        usable = self.machine.device.usable_bytes * self._devices_used(workload)
+        if self.candidate.engine.name == "vllm":
+            return int(usable * vllm.utilization(workload, self.candidate.engine.version))
+        return usable
+
+    def state(self, workload: Workload) -> Verdict:
+        needed, usable = self.estimate(workload), self.usable(workload)
+        if needed.total.expected > usable or not self._host_holds(needed):
+            return "no"
+        return "fits" if needed.total.high <= usable else "tight"
+
+    def obstacle(self, workload: Workload) -> str:
+        """Why the machine cannot run the candidate at all; empty if it can."""
+        device = self.machine.device
+        if self.candidate.engine.name != "vllm":
+            return ""
+        if device.mxfp4_kernels.get("vllm") is False:
+            return f"vLLM has no kernels for gpt-oss on {device.arch}"
+        heads, split = self.candidate.plan.spec.num_attention_heads, self._devices_used(workload)
+        if heads % split:
+            return f"vLLM cannot split {heads} attention heads over {split} GPUs; --tp says over how many"
+        if split > self.machine.count:
+            return f"--tp {split} needs {split} GPUs, there are {self.machine.count}"
+        return ""
+
+    def offloaded(self, workload: Workload) -> Workload | None:
+        """The workload with as little on the host as fits; None if nothing does, or the engine cannot."""
+        engine, layers = self.candidate.engine, self.candidate.plan.spec.num_hidden_layers
+        if self.machine.device.unified_memory or engine.name not in ("llama.cpp", "ollama"):
+            return None
+        if engine.offloads_experts:
+            moved = [replace(workload, n_cpu_moe=count) for count in range(1, layers + 1)]
+        else:
+            moved = [replace(workload, n_cpu_layers=count) for count in range(1, layers + 1)]
+        index = bisect_left(moved, True, key=self._on_device)
+        return moved[index] if index < layers and self.state(moved[index]) == "fits" else None
+
+    def _on_device(self, workload: Workload) -> bool:
+        return self.estimate(workload).total.high <= self.usable(workload)
+
+    def longest_max_model_len(self, workload: Workload) -> int:
+        """The longest context that fits."""
+        return self._largest(
+            range(1, self.candidate.plan.spec.max_position_embeddings + 1),
+            lambda length: replace(workload, max_model_len=length),
+        )
+
+    def most_num_seqs(self, workload: Workload) -> int:
+        """The most sequences that fit, up to MAX_SEQUENCES."""
+        return self._largest(range(1, MAX_SEQUENCES + 1), lambda count: replace(workload, max_num_seqs=count))
+
+    def _largest(self, values: Sequence[int], asked: Callable[[int], Workload]) -> int:
+        found = bisect_right(values, False, key=lambda value: self.state(asked(value)) != "fits")
+        return values[found - 1] if found else 0
+
+    def decode(self, workload: Workload) -> DecodeRate | None:
+        engine = self.candidate.engine.name
+        tensor_parallel = self._devices_used(workload) if engine == "vllm" else 1
+        return decode_rate(self._loaded(), engine, workload, self.machine.device, tensor_parallel)
+
+    def _devices_used(self, workload: Workload) -> int:
+        if self.candidate.engine.name == "transformers":
+            return 1
+        split = self.candidate.engine.name == "vllm" and workload.tensor_parallel
+        return split or self.machine.count
+
+    def _loaded(self) -> Plan:
+        """The plan as it lies in memory: transformers expands MXFP4 to bf16 where it has no kernels."""
+        if falls_back(self.candidate, self.machine.device):
+            return _plan(self.candidate.plan.spec, "bf16")
+        return self.candidate.plan
+
+    def _host_holds(self, needed: MemoryEstimate) -> bool:
+        device, host = self.machine.device, self.machine.host_memory
+        if device.unified_memory:
+            return needed.total.expected + needed.host_weights <= device.memory_gb * GIB * self.machine.count
+        return host is None or needed.host_total <= host
 
 
-def _verdict(headroom: int) -> Literal["fits", "tight", "no"]:
-    if headroom < 0:
-        return "no"
-    return "fits" if headroom >= RESERVE else "tight"
+def falls_back(candidate: Candidate, device: Device) -> bool:
+    """Whether transformers would expand the candidate's MXFP4 experts to bf16 on a device."""
+    return (
+        candidate.engine.name == "transformers"
+        and candidate.format == "mxfp4"
+        and device.mxfp4_kernels.get("transformers") is False
+    )
+
+
+def cheapest(candidate: Candidate, workload: Workload, counts: Sequence[int] = (1, 2, 4, 8)) -> list[FitVerdict]:
+    """What carries a workload, by rent an hour: of each device with a known price the fewest that fit."""
+    found = []
+    for device in devices():
+        if device.usd_per_hour is None:
+            continue
+        verdicts = (fit(candidate, Machine(device, count, None), workload) for count in counts)
+        carrying = next((verdict for verdict in verdicts if verdict.verdict == "fits"), None)
+        if carrying:
+            found.append(carrying)
+    return sorted(found, key=lambda verdict: verdict.usd_per_hour or 0.0)
+
+
+def best(verdicts: Sequence[FitVerdict]) -> FitVerdict:
+    """The verdict to act on: what fits before what is tight or offloaded, then the larger model, then the first."""
+    return min(verdicts, key=lambda each: (_BEST_FIRST.index(each.verdict), -each.candidate.plan.parameters))
+
+
+def stored_format(plan: Plan) -> str:
+    """The name in FORMATS of what a checkpoint holds; double quantization and block size aside."""
+    roles = (Role.EXPERTS, Role.ATTENTION, Role.LM_HEAD)
+    kinds = [plan.scheme(role).format for role in roles]
+    return next(name for name, recipe in FORMATS.items() if [recipe.scheme(role).format for role in roles] == kinds)

@@ -22,10 +22,11 @@ class TensorPlan:
     @cached_property
     def stored(self) -> tuple[StoredTensor, ...]:
         """The stored tensors that stand for it."""
-        if self.experts is not None:
-            # expert biases lie beside their experts, stacked or one by one
-            return self.experts.stored_bias(self.tensor.name, self.tensor.shape)
-        return self.scheme.stored(self.tensor.name, self.tensor.shape)
+        name, shape = self.tensor.name, self.tensor.shape
+        if self.experts is not None and self.experts.is_bnb:
+            # biases lie beside their experts, and bitsandbytes' experts lie one by one
+            return tuple(part for e in range(shape[0]) for part in self.scheme.stored(expert_name(name, e), shape[1:]))
+        return self.scheme.stored(name, shape)
 
     @cached_property
     def nbytes(self) -> int:
@@ -71,6 +72,14 @@ class Plan:
         """Parameters whose scheme takes four bits."""
         return sum(entry.tensor.numel for entry in self.tensors if entry.scheme.is_4bit)
 
+    @cached_property
+    def role_nbytes(self) -> Mapping[Role, int]:
+        """Bytes of each role's stored tensors."""
+        totals = dict.fromkeys(Role, 0)
+        for entry in self.tensors:
+            totals[entry.tensor.role] += entry.nbytes
+        return totals
+
     def scheme(self, role: Role) -> Scheme:
         """The scheme of a role's tensors; a role has one."""
         return next(entry.scheme for entry in self.tensors if entry.tensor.role is role)
@@ -99,7 +108,7 @@ def make_plan(spec: ModelSpec, recipe: Recipe) -> Plan:
 
 def _entry(tensor: TensorInfo, recipe: Recipe) -> TensorPlan:
     if tensor.role is Role.EXPERT_BIAS:
-        return TensorPlan(tensor, BF16, recipe.scheme(Role.EXPERTS))
+        return TensorPlan(tensor, recipe.scheme(tensor.role), recipe.scheme(Role.EXPERTS))
     scheme = recipe.scheme(tensor.role)
     scheme.check(tensor.name, tensor.shape)
     return TensorPlan(tensor, scheme)

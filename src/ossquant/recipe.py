@@ -9,15 +9,16 @@ from typing import Any
 
 from ossquant.errors import UsageError
 from ossquant.layout import Role
-from ossquant.scheme import BLOCK_SIZES, BNB_FORMATS, FORMATS, Scheme
+from ossquant.scheme import BLOCK_SIZES, BNB_FORMATS, Scheme
 from ossquant.units import nearest
 
 BF16 = Scheme("bf16")
+F32 = Scheme("f32")
 # What each role may become. Router, norms and biases are under 0.2 % of the bytes and stay bf16.
 CHOICES: Mapping[Role, tuple[str, ...]] = MappingProxyType(
     {
         Role.ATTENTION: ("bf16", *BNB_FORMATS),
-        Role.EXPERTS: FORMATS,
+        Role.EXPERTS: ("bf16", "mxfp4", *BNB_FORMATS),
         Role.EMBEDDING: ("bf16",),
         Role.LM_HEAD: ("bf16",),
     }
@@ -64,6 +65,26 @@ BUILT_IN = {
                  "nothing in 4 bits, the layout that transformers writes, for training and export"),
     )
 }  # fmt: skip
+
+
+def _gguf(name: str, dense: str, why: str) -> Recipe:
+    dense_roles = (Role.ATTENTION, Role.EMBEDDING, Role.LM_HEAD)
+    f32_roles = (Role.ROUTER, Role.NORM, Role.BIAS, Role.EXPERT_BIAS)
+    return Recipe(name, why, {
+        Role.EXPERTS: Scheme("mxfp4"), **dict.fromkeys(dense_roles, Scheme(dense)), **dict.fromkeys(f32_roles, F32)
+    })  # fmt: skip
+
+
+# What others make, and servers load.
+SERVED = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("mxfp4", "as OpenAI publishes it", {Role.EXPERTS: Scheme("mxfp4")}),
+        Recipe("int4", "group-wise INT4 (32, symmetric) experts as vLLM reads them", {Role.EXPERTS: Scheme("int4")}),
+        _gguf("gguf-q8", "q8_0", "the GGUF that most people download: MXFP4 experts, the rest q8_0"),
+        _gguf("gguf-bf16", "bf16", "the GGUF that Ollama ships: MXFP4 experts, the rest bf16"),
+    )
+}
 
 
 def built_in(name: str) -> Recipe:

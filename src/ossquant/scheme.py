@@ -6,10 +6,11 @@ from math import prod
 
 from ossquant.errors import UnsupportedError
 
-ITEMSIZE = {"BF16": 2, "F32": 4, "U8": 1}  # safetensors' dtype names
+ITEMSIZE = {"BF16": 2, "F32": 4, "U8": 1, "I32": 4}  # safetensors' dtype names
+GGML_BLOCKS = {"Q8_0": (32, 34)}  # weights and bytes of a block, by ggml's type name; ggml-common.h, 2026-11-22
 BNB_FORMATS = ("nf4", "fp4")  # bitsandbytes' 4-bit types
-FORMATS = ("bf16", "mxfp4", *BNB_FORMATS)
 MXFP4_BLOCK = 32
+INT4_GROUP = 32
 NESTED_BLOCK = 256  # absmax values per nested absmax; fixed in bitsandbytes
 BLOCK_SIZES = (
     32,
@@ -20,7 +21,7 @@ _OFFSET_WIDTH = 24  # the longest repr of a float
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor as it lies in a safetensors file; dtype is safetensors' name for it."""
+    """One tensor as it lies in a file; dtype is safetensors' name for it, or ggml's for a GGUF block type."""
 
     name: str
     dtype: str
@@ -29,12 +30,18 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         """Its bytes in the file."""
+        if self.dtype in GGML_BLOCKS:
+            weights, nbytes = GGML_BLOCKS[self.dtype]
+            return prod(self.shape) // weights * nbytes
         return prod(self.shape) * ITEMSIZE[self.dtype]
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a tensor is stored. block_size and double_quant matter to nf4 and fp4 only."""
+    """How a tensor is stored: bf16, f32, mxfp4, nf4, fp4, int4 or GGUF's q8_0.
+
+    block_size and double_quant matter to nf4 and fp4 only.
+    """
 
     format: str
     block_size: int = 64
@@ -48,11 +55,11 @@ class Scheme:
     @property
     def is_4bit(self) -> bool:
         """Whether its weights take four bits."""
-        return self.format != "bf16"
+        return self.format in ("mxfp4", "int4", *BNB_FORMATS)
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise UnsupportedError where a block would straddle a row of the tensor called name."""
-        block = {"bf16": 1, "mxfp4": MXFP4_BLOCK}.get(self.format, self.block_size)
+        block = _BLOCKS.get(self.format, self.block_size)
         if shape[-1] % block:
             raise UnsupportedError(f"{name}: rows of {shape[-1]} do not divide into blocks of {block}")
 
@@ -60,12 +67,16 @@ class Scheme:
         """The stored tensors of a weight: a vector, a matrix (out, in) or a stack (expert, out, in).
 
         Source: the published gpt-oss index (mxfp4), transformers' GptOssExperts (bf16), bitsandbytes'
-        Linear4bit state dict (nf4, fp4).
+        Linear4bit state dict (nf4, fp4), vLLM's compressed-tensors loader (int4), ggml (f32, q8_0).
         """
         if self.format == "bf16":
             return (StoredTensor(name, "BF16", _transposed(shape)),)
+        if self.format in ("f32", "q8_0"):
+            return (StoredTensor(name, self.format.upper(), shape),)
         if self.format == "mxfp4":
             return _mxfp4(name, shape)
+        if self.format == "int4":
+            return _int4(name, shape)
         if len(shape) == 3:
             return tuple(part for e in range(shape[0]) for part in self.stored(expert_name(name, e), shape[1:]))
         return self._bnb(name, (shape[0], shape[1]))
@@ -74,13 +85,9 @@ class Scheme:
         """Bytes of the stored tensors of a weight."""
         if self.is_bnb and len(shape) == 3:
             return shape[0] * self.nbytes(shape[1:])
+        if self.format == "int4" and shape[0] > 1:
+            return shape[0] * self.nbytes((1, *shape[1:]))
         return sum(part.nbytes for part in self.stored("", shape))
-
-    def stored_bias(self, name: str, shape: tuple[int, ...]) -> tuple[StoredTensor, ...]:
-        """The stored tensors of the biases (expert, out) that belong to experts of this scheme."""
-        if not self.is_bnb:
-            return (StoredTensor(name, "BF16", shape),)
-        return tuple(StoredTensor(expert_name(name, e), "BF16", shape[1:]) for e in range(shape[0]))
 
     def _bnb(self, name: str, shape: tuple[int, int]) -> tuple[StoredTensor, ...]:
         numel = prod(shape)
@@ -124,6 +131,20 @@ def expert_name(name: str, expert: int) -> str:
     """Name one expert's matrix or bias: `gate_up_proj` of expert 3 is `gate_up_projs.3.weight`."""
     kind = "bias" if name.endswith("_bias") else "weight"
     return f"{name.removesuffix('_bias')}s.{expert}.{kind}"
+
+
+_BLOCKS = {"bf16": 1, "f32": 1, "mxfp4": MXFP4_BLOCK, "int4": INT4_GROUP, "q8_0": GGML_BLOCKS["Q8_0"][0]}
+
+
+def _int4(name: str, shape: tuple[int, ...]) -> tuple[StoredTensor, ...]:
+    experts, projection = name.rpartition(".")[::2]
+    matrix = {"gate_up_proj": "w13", "down_proj": "w2"}.get(projection, projection)
+    packed, groups = (shape[1], shape[2] // 8), (shape[1], shape[2] // INT4_GROUP)
+    return tuple(
+        StoredTensor(f"{experts}.{expert}.{matrix}_weight_{part}", dtype, dims)
+        for expert in range(shape[0])
+        for part, dtype, dims in (("packed", "I32", packed), ("scale", "BF16", groups))
+    )
 
 
 def _mxfp4(name: str, shape: tuple[int, ...]) -> tuple[StoredTensor, ...]:

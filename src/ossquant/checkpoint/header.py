@@ -1,7 +1,8 @@
 """The header of a safetensors file: untrusted when read, aligned when written."""
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -32,23 +33,27 @@ def read_header(path: Path) -> list[Placed]:
     Raises CheckpointError for anything that the format does not allow.
     Source: the safetensors format description, 0.5.
     """
-    file_size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if file_size < 8 or length > min(file_size - 8, MAX_HEADER_BYTES):
-            _refuse(path, f"header of {length} bytes in a file of {file_size}")
-        entries = parse_json(file.read(length), path.name)
+        return parse_header(lambda begin, count: os.pread(file.fileno(), count, begin), path.stat().st_size, path.name)
+
+
+def parse_header(read: Callable[[int, int], bytes], file_size: int, where: str) -> list[Placed]:
+    """Check the header of a file of file_size bytes; read(begin, count) fetches bytes of it."""
+    length = int.from_bytes(read(0, 8), "little")
+    if file_size < 8 or length > min(file_size - 8, MAX_HEADER_BYTES):
+        _refuse(where, f"header of {length} bytes in a file of {file_size}")
+    entries = parse_json(read(8, length), where)
     entries.pop("__metadata__", None)
     begin = 8 + length
-    placed = sorted((_entry(name, value, path, begin) for name, value in entries.items()), key=_place)
+    placed = sorted((_entry(name, value, where, begin) for name, value in entries.items()), key=_place)
     end = begin
     for entry in placed:
         if entry.offset != end:
-            _refuse(path, f"tensor '{_short(entry.tensor.name)}' overlaps another or leaves a gap")
+            _refuse(where, f"tensor '{_short(entry.tensor.name)}' overlaps another or leaves a gap")
         end += _nbytes(entry.tensor)
     if end != file_size:
         state = "truncated" if end > file_size else "longer than its header says"
-        raise CheckpointError(f"{path.name}: {file_size} of {end} bytes, {state}", hint="fetch this file again")
+        raise CheckpointError(f"{where}: {file_size} of {end} bytes, {state}", hint="fetch this file again")
     return placed
 
 
@@ -57,19 +62,19 @@ def _place(entry: Placed) -> tuple[int, int]:
     return entry.offset, _nbytes(entry.tensor)
 
 
-def _entry(name: str, value: object, path: Path, begin: int) -> Placed:
+def _entry(name: str, value: object, where: str, begin: int) -> Placed:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        _refuse(path, f"tensor '{_short(name)}' is not described by dtype, shape and data_offsets")
+        _refuse(where, f"tensor '{_short(name)}' is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPE_SIZES:
-        _refuse(path, f"tensor '{_short(name)}' has unknown dtype {_short(dtype)!r}")
+        _refuse(where, f"tensor '{_short(name)}' has unknown dtype {_short(dtype)!r}")
     if not _naturals(shape) or len(shape) > 8 or prod(shape) > 2**48:
-        _refuse(path, f"tensor '{_short(name)}' has an impossible shape")
+        _refuse(where, f"tensor '{_short(name)}' has an impossible shape")
     if not _naturals(offsets) or len(offsets) != 2:
-        _refuse(path, f"tensor '{_short(name)}' has impossible data_offsets")
+        _refuse(where, f"tensor '{_short(name)}' has impossible data_offsets")
     tensor = StoredTensor(name, dtype, tuple(shape))
     if offsets[1] - offsets[0] != _nbytes(tensor):
-        _refuse(path, f"tensor '{_short(name)}' has {offsets[1] - offsets[0]} bytes, its shape {_nbytes(tensor)}")
+        _refuse(where, f"tensor '{_short(name)}' has {offsets[1] - offsets[0]} bytes, its shape {_nbytes(tensor)}")
     return Placed(tensor, begin + offsets[0])
 
 
@@ -85,8 +90,8 @@ def _short(text: object) -> str:
     return str(text)[:120]
 
 
-def _refuse(path: Path, what: str) -> NoReturn:
-    raise CheckpointError(f"{path.name}: {what}", hint="this is not a sound safetensors file; fetch it again")
+def _refuse(where: str, what: str) -> NoReturn:
+    raise CheckpointError(f"{where}: {what}", hint="this is not a sound safetensors file; fetch it again")
 
 
 def parse_json(raw: bytes, where: str) -> dict[str, Any]:

@@ -113,31 +113,41 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
 def _locate(folder: Path) -> dict[str, Location]:
     if (folder / INDEX).is_file():
-        weight_map = _weight_map(folder)
+        weight_map = parse_weight_map(read_json(folder / INDEX))
         shards = sorted(set(weight_map.values()))
     elif (folder / SINGLE).is_file():
         weight_map, shards = None, [SINGLE]
     else:
         raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX}", hint="only safetensors are read")
-    locations: dict[str, Location] = {}
+    headers = {}
     for shard in shards:
-        path = folder / shard
-        if not path.is_file():
+        if not (folder / shard).is_file():
             raise CheckpointError(f"{shard}: named in {INDEX}, not in {folder}", hint="fetch this file")
-        for placed in read_header(path):
+        headers[shard] = read_header(folder / shard)
+    return join_headers(folder, headers, weight_map)
+
+
+def join_headers(
+    folder: Path, headers: Mapping[str, list[Placed]], weight_map: Mapping[str, str] | None
+) -> dict[str, Location]:
+    """Find every tensor by its name over the files; the index, if there is one, must say the same."""
+    locations: dict[str, Location] = {}
+    for shard, header in headers.items():
+        for placed in header:
             name = placed.tensor.name
             if name in locations:
                 raise CheckpointError(
                     f"{shard}: '{name}' stands in another file too", hint="fetch the checkpoint again"
                 )
-            locations[name] = Location(path, placed)
+            locations[name] = Location(folder / shard, placed)
     if weight_map is not None:
         _compare(weight_map, locations)
     return locations
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    table = read_json(folder / INDEX).get("weight_map")
+def parse_weight_map(index: Mapping[str, Any]) -> dict[str, str]:
+    """Read which file holds which tensor; a file's name must be one beside the index. Raises CheckpointError."""
+    table = index.get("weight_map")
     if not isinstance(table, dict) or not table:
         raise CheckpointError(f"{INDEX}: no weight_map", hint="fetch this file again")
     for shard in set(map(str, table.values())):
@@ -148,7 +158,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return {name: str(shard) for name, shard in table.items()}
 
 
-def _compare(weight_map: dict[str, str], locations: Mapping[str, Location]) -> None:
+def _compare(weight_map: Mapping[str, str], locations: Mapping[str, Location]) -> None:
     for name, shard in weight_map.items():
         if name not in locations or locations[name].path.name != shard:
             raise CheckpointError(f"{shard}: '{name}' is not in it, {INDEX} says it is", hint="fetch this file again")
@@ -157,6 +167,11 @@ def _compare(weight_map: dict[str, str], locations: Mapping[str, Location]) -> N
         raise CheckpointError(
             f"{INDEX}: does not name '{extra}' of {locations[extra].path.name}", hint="fetch it again"
         )
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form of a hub id, owner/name."""
+    return _HUB_ID.fullmatch(text) is not None
 
 
 def resolve(source: str | Path) -> Path:
@@ -170,7 +185,7 @@ def resolve(source: str | Path) -> Path:
         return path
     if found:
         raise UsageError(f"{path} is a file, not a checkpoint folder", hint=f"try {path.parent}")
-    if not _HUB_ID.fullmatch(str(source)):
+    if not is_hub_id(str(source)):
         raise UsageError(f"no checkpoint at {source}", hint="give a folder, or a hub id such as openai/gpt-oss-20b")
     return _fetch(str(source))
 

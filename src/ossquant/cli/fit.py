@@ -1,127 +1,200 @@
-"""ossquant fit: whether a model fits a device, before a byte is downloaded."""
+"""ossquant fit: whether a model fits, before a byte is downloaded."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from ossquant.cli import fit_json, fit_view
 from ossquant.cli.options import JsonOption
 from ossquant.errors import UsageError
-from ossquant.fit import RESERVE, FitVerdict
+from ossquant.fit import ENGINE_FORMATS, FORMATS, Candidate, FitVerdict, candidate, cheapest, stored_format
 from ossquant.fit import fit as judge
-from ossquant.hardware import Device, find_device
-from ossquant.layout import Role
-from ossquant.plan import Plan, make_plan
-from ossquant.recipe import BUILT_IN, Recipe, built_in
-from ossquant.scheme import Scheme
+from ossquant.hardware import Machine, find_machine, find_machines
+from ossquant.memory import ENGINES, Engine, Workload, foreign_options, parse_engine, workload_for
+from ossquant.plan import Plan
 from ossquant.spec import ModelSpec
-from ossquant.units import GIB, size, size_both
+from ossquant.units import nearest, parse_size
 
 DOES_NOT_FIT = 4
-MODELS = {"20b": "20b", "120b": "120b", "openai/gpt-oss-20b": "20b", "openai/gpt-oss-120b": "120b"}
-PUBLISHED = Recipe("mxfp4", "as OpenAI publishes it", {Role.EXPERTS: Scheme("mxfp4")})
-
-
-@dataclass(frozen=True)
-class _Row:
-    model: str
-    scheme: str
-    verdict: FitVerdict
+PUBLISHED = {"20b": "20b", "120b": "120b", "openai/gpt-oss-20b": "20b", "openai/gpt-oss-120b": "120b"}
+# what the overview leaves out: what another row says as well, or what nobody serves
+LEFT_OUT = {
+    ("llama.cpp", "gguf-bf16"),
+    ("ollama", "gguf-q8"),
+    ("vllm", "int4"),
+    ("vllm", "bf16"),
+    ("transformers", "fp4"),
+}
 
 
 def fit(
-    gpu: Annotated[str, typer.Option(help="A device such as 4090, h100-nvl or 'm4 max', or a size such as 24GB.")],
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[GPU]...", help="What --gpu or --compare takes.")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="4090, h100-nvl, 'm4 max', 4xA100-80G, 24GB, or auto.")] = None,
+    gpus: Annotated[int, typer.Option(help="How many of them.")] = 1,
     model: Annotated[
-        str | None, typer.Option(help="20b, 120b or a checkpoint folder; both models if not given.")
+        str | None, typer.Option(help="20b, 120b, a checkpoint folder or a hub id; both sizes if not given.")
     ] = None,
-    scheme: Annotated[
-        str | None, typer.Option(help=f"mxfp4 (as published), {', '.join(BUILT_IN)}; all if not given.")
+    engine: Annotated[str | None, typer.Option(help=f"{', '.join(ENGINES)}; all if not given.")] = None,
+    engine_version: Annotated[str | None, typer.Option(help="Such as 0.11.0, or b8164 for llama.cpp.")] = None,
+    format_: Annotated[str | None, typer.Option("--format", help=f"{', '.join(FORMATS)}.")] = None,
+    max_model_len: Annotated[int, typer.Option(help="Context of one sequence, in tokens.")] = 8192,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences at once.")] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto (16 bits), q8_0, q4_0, fp8, …")] = "auto",
+    ubatch: Annotated[int | None, typer.Option(help="llama.cpp: tokens computed at once; 512.")] = None,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(help="vLLM: tokens of a batch. transformers: tokens of a prompt at once.")
     ] = None,
-    max_model_len: Annotated[int, typer.Option(help="Context in tokens.")] = 8192,
+    gpu_memory_utilization: Annotated[float | None, typer.Option(help="vLLM: its share of the GPU; 0.9.")] = None,
+    tp: Annotated[int | None, typer.Option(help="vLLM: GPUs that split each layer; all of them.")] = None,
+    n_cpu_moe: Annotated[
+        int, typer.Option(help="llama.cpp: layers whose experts stay on the host; planned if not given.")
+    ] = 0,
+    kv_unified: Annotated[bool, typer.Option("--kv-unified", help="llama.cpp: sequences share the context.")] = False,
+    swa_full: Annotated[bool, typer.Option("--swa-full", help="llama.cpp: sliding layers keep all tokens.")] = False,
+    host_memory: Annotated[str | None, typer.Option(help="Free host memory, such as 64GB.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="GPUs side by side: --compare 4090 5090 a100.")] = False,
+    cheapest_: Annotated[bool, typer.Option("--cheapest", help="Which GPUs carry this workload, by rent.")] = False,
+    log: Annotated[Path | None, typer.Option(help="Hold a server's start-up log against the prediction.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Hold weights and KV cache against a device.
+    """Say whether gpt-oss fits a GPU: per engine and format, with the line to type next.
 
-    Counted exactly: the bytes of the weights and of one sequence's bf16 cache. Not counted: compute buffers,
-    driver context, fragmentation; 0.8 GiB are kept free for them. Exits with 4 if nothing shown fits.
+    Weights are exact, other terms have bounds: 'fits' means the high figure fits, 'tight' only the expected
+    one. Exits with 4 if nothing shown fits.
     """
-    device = find_device(gpu)
-    rows = [
-        _Row(name, kind, judge(plan, device, max_model_len))
-        for name in ([model] if model else ["20b", "120b"])
-        for kind, plan in _plans(name, scheme)
-    ]
-    if as_json:
-        from ossquant.cli import render
-
-        render.print_json(
-            {
-                "device": {"name": device.name, "usable": device.usable_bytes},
-                "max_model_len": max_model_len,
-                "results": [_json(row) for row in rows],
-            }
-        )
+    workload = Workload(
+        max_model_len=max_model_len, max_num_seqs=max_num_seqs, kv_cache_dtype=kv_cache_dtype, ubatch=ubatch,
+        max_num_batched_tokens=max_num_batched_tokens, gpu_memory_utilization=gpu_memory_utilization,
+        n_cpu_moe=n_cpu_moe, tensor_parallel=tp, kv_unified=kv_unified, swa_full=swa_full,
+    )  # fmt: skip
+    if log:
+        _hold_log(log, gpu, model, format_, workload, as_json)
+        return
+    asked = _fitting(_candidates(model, engine, engine_version, format_), workload)
+    if cheapest_:
+        _cheapest(asked, as_json)
+    elif compare:
+        _compare(asked, names or [], gpus, host_memory, as_json)
     else:
-        _print(rows, device, max_model_len)
-    if all(row.verdict.verdict == "no" for row in rows):
+        machine = _machine(gpu, names or [], gpus, host_memory)
+        _show([judge(one, machine, each) for one, each in asked], as_json)
+
+
+def _machine(gpu: str | None, names: list[str], gpus: int, host_memory: str | None) -> Machine:
+    if len(names) > 1 or (names and gpu):
+        raise UsageError("several GPUs are named", hint="ossquant fit --compare 4090 5090")
+    return _sized(find_machine(gpu or (names[0] if names else "auto")), gpus, host_memory)
+
+
+def _sized(machine: Machine, gpus: int, host_memory: str | None) -> Machine:
+    if gpus < 1 or (gpus > 1 and machine.count > 1):
+        raise UsageError(f"--gpus {gpus} of {machine.count} x {machine.device.name}", hint="say the number once")
+    host = parse_size(host_memory) if host_memory else machine.host_memory
+    return replace(machine, count=machine.count * gpus, host_memory=host)
+
+
+def _candidates(model: str | None, engine: str | None, version: str | None, name: str | None) -> list[Candidate]:
+    """What the options name; without them every engine with the formats people load in it."""
+    if version and not engine:
+        raise UsageError("--engine-version without --engine", hint=f"--engine {' or '.join(ENGINES)}")
+    if name and name not in FORMATS:
+        raise UsageError(f"unknown format '{name}'", hint=nearest(name, FORMATS))
+    engines = [parse_engine(engine, version)] if engine else [parse_engine(each) for each in ENGINE_FORMATS]
+    found = []
+    for which in [model] if model else ["20b", "120b"]:
+        called = PUBLISHED.get(which, which)
+        spec, stored = _model(which)
+        for chosen in engines:
+            if stored and not name:
+                found += [Candidate(called, stored_format(stored), chosen, stored)] if _loads(chosen, stored) else []
+            else:
+                found += [candidate(called, spec, each, chosen) for each in _formats(chosen, name, bool(engine))]
+    if not found:
+        raise UsageError(f"{engine or 'no engine'} does not load {model} as it is stored", hint="say --format")
+    return found
+
+
+def _formats(engine: Engine, name: str | None, all_of_them: bool) -> list[str]:
+    if name and all_of_them:
+        return [name]  # refused further down if the engine does not load it
+    known = ENGINE_FORMATS[engine.name]
+    if name:
+        return [name] if name in known else []
+    return [each for each in known if all_of_them or (engine.name, each) not in LEFT_OUT]
+
+
+def _loads(engine: Engine, stored: Plan) -> bool:
+    return stored_format(stored) in ENGINE_FORMATS[engine.name]
+
+
+def _model(which: str) -> tuple[ModelSpec, Plan | None]:
+    """A model's dimensions, and how a checkpoint stores it; of a remote one only headers are read."""
+    if which in PUBLISHED:
+        return ModelSpec.published(PUBLISHED[which]), None
+    from ossquant.checkpoint.remote import read_headers
+
+    return read_headers(which)
+
+
+def _fitting(asked: list[Candidate], workload: Workload) -> list[tuple[Candidate, Workload]]:
+    """Each candidate with what its engine has of the workload; a lone engine must have all of it."""
+    engines = {one.engine for one in asked}
+    if len(engines) == 1 and (foreign := foreign_options(engines.pop(), workload)):
+        raise UsageError(f"{asked[0].engine.name} has no {foreign[0]}", hint="leave it out, or choose another --engine")
+    return [(one, workload_for(one.engine, workload)) for one in asked]
+
+
+def _show(verdicts: list[FitVerdict], as_json: bool) -> None:
+    if as_json:
+        fit_json.print_verdicts(verdicts)
+    else:
+        fit_view.show(verdicts)
+    if all(verdict.verdict == "no" for verdict in verdicts):
         raise typer.Exit(DOES_NOT_FIT)
 
 
-def _plans(model: str, scheme: str | None) -> list[tuple[str, Plan]]:
-    if model in MODELS:
-        spec, stored = ModelSpec.published(MODELS[model]), None
+def _compare(
+    asked: list[tuple[Candidate, Workload]], names: list[str], gpus: int, host_memory: str | None, as_json: bool
+) -> None:
+    if not names:
+        raise UsageError("--compare without GPUs", hint="ossquant fit --compare 4090 5090 a100")
+    machines = [_sized(machine, gpus, host_memory) for name in names for machine in find_machines(name)]
+    columns = [[judge(one, machine, workload) for one, workload in asked] for machine in machines]
+    if as_json:
+        fit_json.print_comparison(columns)
     else:
-        from ossquant.checkpoint.reader import open_checkpoint
-
-        if not Path(model).is_dir():
-            raise UsageError(f"no model '{model}'", hint="20b, 120b or a local checkpoint folder")
-        with open_checkpoint(model) as checkpoint:
-            spec, stored = checkpoint.spec, checkpoint.plan
-    if scheme:
-        recipe = PUBLISHED if scheme == PUBLISHED.name else built_in(scheme)
-        return [(recipe.name, make_plan(spec, recipe))]
-    if stored:
-        return [("as stored", stored)]
-    return [(recipe.name, make_plan(spec, recipe)) for recipe in (PUBLISHED, *BUILT_IN.values())]
+        fit_view.show_comparison(columns)
+    if all(verdict.verdict == "no" for column in columns for verdict in column):
+        raise typer.Exit(DOES_NOT_FIT)
 
 
-def _print(rows: list[_Row], device: Device, max_model_len: int) -> None:
-    from ossquant.cli import render
-
-    estimates = [row.verdict.estimate for row in rows]
-    cells = [
-        [
-            f"{row.model} {row.scheme}",
-            row.verdict.verdict,
-            f"{needed.weights / GIB:.2f}",
-            f"{needed.kv_cache / GIB:.2f}",
-            f"{needed.total / GIB:.2f}",
-            f"{row.verdict.headroom / GIB:.2f}",
-            f"{row.verdict.longest_max_model_len:,}" if row.verdict.longest_max_model_len else "-",
-        ]
-        for row, needed in zip(rows, estimates, strict=True)
-    ]
-    columns = ("", "verdict", "weights", "KV cache", "total", "left", "longest context")
-    title = f"{device.name}: {size_both(device.usable_bytes)} usable; {max_model_len:,} tokens of context; in GiB"
-    render.print_table(title, columns, cells)
-    render.note(f"usable: {device.usable_basis}. Not counted: {', '.join(estimates[0].not_counted)}; "
-                f"a model is 'tight' where less than {size(RESERVE)} remain for them.")  # fmt: skip
-    if any(MODELS.get(row.model) == "120b" and row.verdict.verdict == "no" for row in rows):
-        render.note("No 4-bit format squeezes the 120B into 24 GB: its weights take 58 GiB and more. llama.cpp runs it "
-                    "on 24 GB with most experts in 39 GiB of host memory (--n-cpu-moe).")  # fmt: skip
+def _cheapest(asked: list[tuple[Candidate, Workload]], as_json: bool) -> None:
+    found = sorted(
+        (verdict for one, workload in asked for verdict in cheapest(one, workload)),
+        key=lambda verdict: verdict.usd_per_hour or 0.0,
+    )
+    if as_json:
+        fit_json.print_cheapest(found)
+    else:
+        fit_view.show_cheapest(found)
+    if not found:
+        raise typer.Exit(DOES_NOT_FIT)
 
 
-def _json(row: _Row) -> dict[str, Any]:
-    verdict = row.verdict
-    return {
-        "model": row.model,
-        "scheme": row.scheme,
-        "verdict": verdict.verdict,
-        "weights": verdict.estimate.weights,
-        "kv_cache": verdict.estimate.kv_cache,
-        "total": verdict.estimate.total,
-        "not_counted": list(verdict.estimate.not_counted),
-        "headroom": verdict.headroom,
-        "longest_max_model_len": verdict.longest_max_model_len,
-    }
+def _hold_log(
+    path: Path, gpu: str | None, model: str | None, name: str | None, workload: Workload, as_json: bool
+) -> None:
+    from ossquant.fit_log import compare_log
+
+    spec = PUBLISHED.get(model or "", model)
+    if spec not in (None, "20b", "120b"):
+        raise UsageError(f"--log with --model {model}", hint="logs are read of the 20b and the 120b")
+    comparison = compare_log(path, gpu, spec, name, workload)
+    if as_json:
+        fit_json.print_log(comparison)
+    else:
+        fit_view.show_log(comparison)

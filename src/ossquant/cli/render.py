@@ -16,6 +16,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from ossquant.plan import Plan
 from ossquant.units import count, size, size_both
@@ -37,16 +38,33 @@ def note(text: str) -> None:
     err.print(escape(text), soft_wrap=True)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], total: Sequence[str] = ()) -> None:
-    """Print a plain table on stdout: the first column is text, the others are figures."""
+VERDICT_STYLES = {"fits": "green", "tight": "yellow", "offload": "cyan", "no": "red"}
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], total: Sequence[str] = (), texts: int = 1
+) -> None:
+    """Print a plain table on stdout: the first columns (texts of them) are text, the others are figures."""
     result = Table(box=None, pad_edge=False, padding=(0, 1), show_footer=bool(total), show_header=any(columns))
     for index, column in enumerate(columns):
         footer = escape(total[index]) if total else ""
-        result.add_column(column, footer, justify="left" if index == 0 else "right", no_wrap=True)
+        result.add_column(column, footer, justify="left" if index < texts else "right", no_wrap=True)
     for row in rows:
-        result.add_row(*map(escape, row))
+        result.add_row(*(Text(cell, VERDICT_STYLES.get(cell.partition(" ")[0], "")) for cell in row))
     out.print(escape(title), soft_wrap=True)
     out.print(result)
+
+
+def print_line(text: str) -> None:
+    """Print a line on stdout, unbroken, to be copied."""
+    out.print(escape(text), soft_wrap=True)
+
+
+def bar(part: float, width: int) -> str:
+    """Draw a share as a bar; what is above the whole fills it and adds a plus."""
+    full, empty = ("█", "░") if out.encoding.lower().startswith("utf") else ("#", ".")
+    filled = min(width, max(0, round(part * width)))
+    return (full * filled + empty * (width - filled))[: width - (part > 1)] + "+" * (part > 1)
 
 
 def print_plan(plan: Plan, title: str) -> None:

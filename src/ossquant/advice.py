@@ -1,0 +1,185 @@
+"""What to type next for a verdict, and where a user would be caught."""
+
+import shlex
+
+from ossquant.fit import FitVerdict, falls_back
+from ossquant.layout import Role
+from ossquant.memory.llama_cpp import DEFAULT_UBATCH
+from ossquant.plan import Plan
+from ossquant.units import GIB, MIB, size_both
+
+_GGUF_REPOS = {("20b", "gguf-q8"): "ggml-org/gpt-oss-20b-GGUF", ("120b", "gguf-q8"): "ggml-org/gpt-oss-120b-GGUF"}
+
+
+def command(verdict: FitVerdict) -> str:
+    """The one line to type next; empty where nothing would run."""
+    if verdict.verdict == "no":
+        return ""
+    return _COMMANDS[verdict.candidate.engine.name](verdict)
+
+
+def _llama_server(verdict: FitVerdict) -> str:
+    chosen, workload = verdict.candidate, verdict.workload
+    repo = _GGUF_REPOS.get((chosen.model, chosen.format))
+    streams = 1 if workload.kv_unified else workload.sequences
+    words = [
+        "llama-server",
+        *(("-hf", repo) if repo else ("-m", f"gpt-oss-{_short(chosen.model)}-{chosen.format}.gguf")),
+    ]
+    words += ["-c", str(streams * workload.max_model_len), "-np", str(workload.sequences), "-ngl", "99"]
+    if workload.kv_unified:
+        words.append("-kvu")
+    if workload.n_cpu_moe:
+        words += ["--n-cpu-moe", str(workload.n_cpu_moe)]
+    if verdict.machine.device.vendor == "apple" and workload.n_cpu_moe:
+        words.append("--no-mmap")
+    if workload.ubatch and workload.ubatch != DEFAULT_UBATCH:
+        words += ["-ub", str(workload.ubatch), "-b", str(max(2048, workload.ubatch))]
+    if workload.kv_cache_dtype != "auto":
+        words += ["-ctk", workload.kv_cache_dtype, "-ctv", workload.kv_cache_dtype]
+    if workload.swa_full:
+        words.append("--swa-full")
+    return shlex.join(words)
+
+
+def _vllm(verdict: FitVerdict) -> str:
+    workload = verdict.workload
+    words = ["vllm", "serve", _source(verdict), "--max-model-len", str(workload.max_model_len)]
+    split = workload.tensor_parallel or verdict.machine.count
+    if split > 1:
+        words += ["--tensor-parallel-size", str(split)]
+    if workload.max_num_seqs:
+        words += ["--max-num-seqs", str(workload.max_num_seqs)]
+    if workload.max_num_batched_tokens:
+        words += ["--max-num-batched-tokens", str(workload.max_num_batched_tokens)]
+    if workload.kv_cache_dtype != "auto":
+        words += ["--kv-cache-dtype", workload.kv_cache_dtype]
+    if workload.gpu_memory_utilization:
+        words += ["--gpu-memory-utilization", f"{workload.gpu_memory_utilization:g}"]
+    return shlex.join(words)
+
+
+def _ollama(verdict: FitVerdict) -> str:
+    workload = verdict.workload
+    settings = [f"OLLAMA_CONTEXT_LENGTH={workload.max_model_len}", f"OLLAMA_NUM_PARALLEL={workload.sequences}"]
+    if workload.kv_cache_dtype != "auto":
+        settings += ["OLLAMA_FLASH_ATTENTION=1", f"OLLAMA_KV_CACHE_TYPE={workload.kv_cache_dtype}"]
+    return f"{' '.join(settings)} ollama serve & ollama run gpt-oss:{_short(verdict.candidate.model)}"
+
+
+def _transformers(verdict: FitVerdict) -> str:
+    if verdict.candidate.format == "mxfp4":
+        return shlex.join(["transformers", "serve", _source(verdict)])
+    return shlex.join(["ossquant", "run", _source(verdict), "Hello", "--scheme", verdict.candidate.format])
+
+
+_COMMANDS = {"llama.cpp": _llama_server, "vllm": _vllm, "ollama": _ollama, "transformers": _transformers}
+
+
+def _source(verdict: FitVerdict) -> str:
+    model = verdict.candidate.model
+    return f"openai/gpt-oss-{model}" if model in ("20b", "120b") else model
+
+
+def _short(model: str) -> str:
+    return model.rstrip("/").rpartition("/")[2].removeprefix("gpt-oss-")
+
+
+def warnings(verdict: FitVerdict) -> list[str]:
+    """Where this verdict would catch a user, a sentence each."""
+    found = (
+        verdict.obstacle and f"{verdict.obstacle}.",
+        _bf16_fallback(verdict),
+        _skipped_experts(verdict),
+        _padding(verdict),
+        _nvml(verdict),
+        _host_memory(verdict),
+        _metal_mmap(verdict),
+        _claim_120b(verdict),
+        _unknown_kernels(verdict),
+    )
+    return [sentence for sentence in found if sentence]
+
+
+def _bf16_fallback(verdict: FitVerdict) -> str:
+    chosen, device = verdict.candidate, verdict.machine.device
+    if chosen.engine.name != "transformers" or chosen.format != "mxfp4":
+        return ""
+    need = f"{2 * chosen.plan.parameters / GIB:.1f} GiB"
+    if falls_back(chosen, device):
+        return f"transformers has no MXFP4 kernels for {device.arch}: it expands to bf16, {need}, and only warns."
+    return (
+        f"without the packages kernels and triton (3.4 or newer) transformers expands to bf16, {need}, and only warns."
+    )
+
+
+def _skipped_experts(verdict: FitVerdict) -> str:
+    plan = verdict.candidate.plan
+    if verdict.candidate.engine.name != "transformers" or not plan.scheme(Role.ATTENTION).is_bnb:
+        return ""
+    # what bitsandbytes finds are attention's linears; experts are 3-D parameters
+    nbytes = 2 * (plan.parameters - _parameters(plan, Role.ATTENTION)) + plan.role_nbytes[Role.ATTENTION]
+    return f"stock load_in_4bit leaves the experts in bf16 and takes {nbytes / GIB:.1f} GiB; load with ossquant."
+
+
+def _padding(verdict: FitVerdict) -> str:
+    chosen, plan = verdict.candidate, verdict.candidate.plan
+    split = verdict.workload.tensor_parallel or verdict.machine.count
+    if chosen.engine.name != "vllm" or chosen.format != "mxfp4" or split < 4:
+        return ""
+    padding = 1 - plan.nbytes / verdict.estimate.weights.expected
+    return (
+        f"at tensor parallel {split} padding and copies are {padding:.0%} of vLLM's weights." if padding >= 0.1 else ""
+    )
+
+
+def _nvml(verdict: FitVerdict) -> str:
+    device = verdict.machine.device
+    if device.nvml_bytes is None or device.unified_memory:
+        return ""
+    kept = (device.nvml_bytes - device.usable_bytes) * verdict.machine.count
+    if not kept > 0 or not 0 <= verdict.estimate.total.high - verdict.usable <= kept:
+        return ""
+    return (
+        f"nvidia-smi shows {device.nvml_bytes // MIB} MiB, programs get {device.usable_bytes // MIB}: "
+        "by the larger figure this would fit."
+    )
+
+
+def _host_memory(verdict: FitVerdict) -> str:
+    needed, host = verdict.estimate.host_total, verdict.machine.host_memory
+    if host is not None and needed > host:
+        return f"the host needs {size_both(needed)} of free memory and has {size_both(host)}."
+    on_host = verdict.workload.n_cpu_moe or verdict.workload.n_cpu_layers
+    if host is None and on_host and verdict.verdict == "offload":
+        return f"the host must have {size_both(needed)} free; --host-memory checks it."
+    return ""
+
+
+def _metal_mmap(verdict: FitVerdict) -> str:
+    if verdict.machine.device.vendor != "apple" or verdict.candidate.engine.name not in ("llama.cpp", "ollama"):
+        return ""
+    if not verdict.workload.n_cpu_moe:
+        return ""
+    return "with mmap Metal maps the whole file, experts on the host included: nothing is saved without --no-mmap."
+
+
+def _claim_120b(verdict: FitVerdict) -> str:
+    usable = verdict.machine.device.usable_bytes * verdict.machine.count
+    if verdict.candidate.plan.parameters < 100e9 or usable > 33 * GIB:
+        return ""
+    return (
+        "no 4-bit format squeezes the 120B into 24 GB, as is often claimed: its weights take 58 GiB and more. "
+        "llama.cpp runs it there with most experts in 40 GiB and more of host memory (--n-cpu-moe)."
+    )
+
+
+def _unknown_kernels(verdict: FitVerdict) -> str:
+    device, engine = verdict.machine.device, verdict.candidate.engine.name
+    if engine in ("vllm", "transformers") and device.arch and device.mxfp4_kernels.get(engine) is None:
+        return f"whether {engine} has MXFP4 kernels for {device.arch} is not known."
+    return ""
+
+
+def _parameters(plan: Plan, role: Role) -> int:
+    return sum(entry.tensor.numel for entry in plan.tensors if entry.tensor.role is role)

@@ -1,0 +1,207 @@
+"""How `ossquant fit` looks in a terminal: answers on stdout, remarks on stderr."""
+
+from typing import TYPE_CHECKING
+
+from ossquant.advice import command, warnings
+from ossquant.fit import FitVerdict, best
+from ossquant.hardware import Device
+from ossquant.memory import Term
+from ossquant.units import GIB, MIB, size, size_both
+
+if TYPE_CHECKING:
+    from ossquant.fit_log import LogComparison
+
+BAR_WIDTH = 6
+
+
+def show(verdicts: list[FitVerdict]) -> None:
+    """One verdict in full, or several in a table."""
+    if len(verdicts) == 1:
+        _show_one(verdicts[0])
+    else:
+        _show_table(verdicts)
+
+
+def _show_table(verdicts: list[FitVerdict]) -> None:
+    from ossquant.cli import render
+
+    rows = [
+        [
+            verdict.candidate.model,
+            verdict.candidate.engine.name,
+            verdict.candidate.format,
+            _verdict(verdict),
+            render.bar(verdict.estimate.total.expected / verdict.usable, BAR_WIDTH),
+            f"{verdict.estimate.total.expected / GIB:.1f}",
+            f"{verdict.estimate.total.expected / 1e9:.1f}",
+            f"{verdict.longest_max_model_len}" if verdict.longest_max_model_len else "-",
+            _decode(verdict),
+        ]
+        for verdict in verdicts
+    ]
+    columns = ("", "engine", "format", "verdict", "", "GiB", "GB", "longest", "tokens/s")
+    render.print_table(_title(verdicts[0]), columns, rows, texts=5)
+    for model in dict.fromkeys(verdict.candidate.model for verdict in verdicts):
+        chosen = best([verdict for verdict in verdicts if verdict.candidate.model == model])
+        render.print_line(f"{model}: {command(chosen) or _what_it_takes(chosen)}")
+    seen = dict.fromkeys(
+        warning
+        for model in dict.fromkeys(verdict.candidate.model for verdict in verdicts)
+        for warning in warnings(best([verdict for verdict in verdicts if verdict.candidate.model == model]))
+    )
+    for warning in seen:
+        render.note(f"! {warning}")
+
+
+def _show_one(verdict: FitVerdict) -> None:
+    from ossquant.cli import render
+
+    estimate, chosen = verdict.estimate, verdict.candidate
+    terms = {
+        "weights": estimate.weights,
+        "KV cache": estimate.kv_cache,
+        "compute buffers": estimate.compute,
+        "driver, runtime": estimate.overhead,
+        "total": estimate.total,
+    }
+    render.print_table(
+        _title(verdict),
+        (f"{chosen.model} {chosen.engine.name} {chosen.format}", "low", "expected", "high GiB", "expected GB", ""),
+        [[name, *_figures(term), term.basis] for name, term in terms.items()],
+    )
+    share = estimate.total.expected / verdict.usable
+    render.print_line(f"{_verdict(verdict)}: {render.bar(share, 30)} {share:.0%} of {size_both(verdict.usable)}, "
+                      f"{size(verdict.headroom)} left")  # fmt: skip
+    if estimate.host_weights or verdict.workload.n_cpu_layers:
+        render.print_line(f"host memory: {size_both(estimate.host_total)}, {size(estimate.host_weights)} of it weights")
+    render.print_line(f"longest context {verdict.longest_max_model_len:,} tokens; most sequences at "
+                      f"{verdict.workload.max_model_len:,}: {verdict.most_num_seqs:,}")  # fmt: skip
+    if verdict.decode:
+        render.print_line(f"decode: {_decode(verdict)} tokens/s expected{_price(verdict)}")
+    render.print_line(command(verdict) or _what_it_takes(verdict))
+    for warning in warnings(verdict):
+        render.note(f"! {warning}")
+
+
+def _figures(term: Term) -> list[str]:
+    return [
+        f"{term.low / GIB:.2f}",
+        f"{term.expected / GIB:.2f}",
+        f"{term.high / GIB:.2f}",
+        f"{term.expected / 1e9:.2f}",
+    ]
+
+
+def _title(verdict: FitVerdict) -> str:
+    machine, workload = verdict.machine, verdict.workload
+    sequences = f", {workload.sequences} sequences" if workload.sequences > 1 else ""
+    return (
+        f"{_machine_name(verdict)}: {_memory(machine.device)}; {workload.max_model_len:,} tokens of context{sequences}"
+    )
+
+
+def _machine_name(verdict: FitVerdict) -> str:
+    machine = verdict.machine
+    return machine.device.name if machine.count == 1 else f"{machine.count} x {machine.device.name}"
+
+
+def _memory(device: Device) -> str:
+    total = f" of {device.nvml_bytes // MIB} MiB" if device.nvml_bytes else ""
+    return f"{size_both(device.usable_bytes)} usable{total}"
+
+
+def _verdict(verdict: FitVerdict) -> str:
+    on_host = verdict.workload.n_cpu_moe or verdict.workload.n_cpu_layers
+    return f"{verdict.verdict} {on_host}" if verdict.verdict == "offload" else verdict.verdict
+
+
+def _decode(verdict: FitVerdict) -> str:
+    decode = verdict.decode
+    return f"{decode.low:.0f}-{decode.high:.0f}" if decode else "-"
+
+
+def _price(verdict: FitVerdict) -> str:
+    price = verdict.usd_per_million_tokens()
+    if verdict.usd_per_hour is None or price is None:
+        return ""
+    return f"; {verdict.usd_per_hour:.2f} USD an hour, {price[0]:.2f}-{price[1]:.2f} USD a million tokens"
+
+
+def _what_it_takes(verdict: FitVerdict) -> str:
+    if verdict.obstacle:
+        return f"{verdict.obstacle}."
+    needed = verdict.estimate.total.high
+    return f"no: it takes {size_both(needed)} and {verdict.estimate.host_total / GIB:.0f} GiB of host memory."
+
+
+def show_comparison(columns: list[list[FitVerdict]]) -> None:
+    """Verdict and longest context of every model, a column a machine."""
+    from ossquant.cli import render
+
+    names = [_machine_name(column[0]) for column in columns]
+    rows = [
+        [f"{row[0].candidate.model} {row[0].candidate.engine.name} {row[0].candidate.format}",
+         *(f"{_verdict(verdict)} {_short(verdict.longest_max_model_len)}".strip() for verdict in row)]
+        for row in zip(*columns, strict=True)
+    ]  # fmt: skip
+    rows.append(["usable GiB a GPU", *(f"{column[0].machine.device.usable_bytes / GIB:.1f}" for column in columns)])
+    rows.append(["USD an hour", *(f"{column[0].usd_per_hour or 0:.2f}".replace("0.00", "-") for column in columns)])
+    letters = [chr(ord("A") + index) if index < 26 else str(index) for index in range(len(columns))]
+    for letter, name in zip(letters, names, strict=True):
+        render.print_line(f"{letter}: {name}")
+    workload = columns[0][0].workload
+    render.print_table(
+        f"verdict and longest context; asked for {workload.max_model_len:,} tokens", ("", *letters), rows
+    )
+
+
+def _short(tokens: int) -> str:
+    return f"{tokens // 1024}K" if tokens else ""
+
+
+def show_cheapest(verdicts: list[FitVerdict]) -> None:
+    """What carries a workload, by rent."""
+    from ossquant.cli import render
+
+    if not verdicts:
+        render.note("no GPU with a known price carries this workload, up to eight of them")
+        return
+    rows = []
+    for verdict in verdicts:
+        price = verdict.usd_per_million_tokens()
+        rows.append([
+            verdict.candidate.model,
+            f"{verdict.candidate.engine.name} {verdict.candidate.format}",
+            _machine_name(verdict),
+            f"{verdict.usd_per_hour:.2f}",
+            f"{price[0]:.2f}-{price[1]:.2f}" if price else "-",
+            _decode(verdict),
+        ])  # fmt: skip
+    columns = ("", "engine", "GPU", "USD/h", "USD/M tokens", "tokens/s")
+    title = f"GPUs with a known rent that carry {verdicts[0].workload.max_model_len:,} tokens of context"
+    render.print_table(title, columns, rows, texts=3)
+    sources = dict.fromkeys(verdict.machine.device.sources["price"] for verdict in verdicts)
+    render.note(f"rents: {'; '.join(sources)}. A million tokens are written ones, at the decode rate shown.")
+
+
+def show_log(comparison: "LogComparison") -> None:
+    """A log's terms, predicted and measured."""
+    from ossquant.cli import render
+
+    log, workload = comparison.log, comparison.workload
+    device = comparison.machine.device.name if comparison.device_known else "a device it does not name"
+    rows = [
+        [row.term, *_figures(row.predicted)[:3], f"{row.measured / GIB:.2f}",
+         f"{row.error:+.1%}" if row.error is not None else "-", row.predicted.basis]
+        for row in comparison.rows
+    ]  # fmt: skip
+    render.print_table(
+        f"{' '.join(filter(None, (log.engine, log.version)))} on {comparison.machine.count} x {device}: "
+        f"{comparison.model} {comparison.format}, {workload.max_model_len:,} tokens x {workload.sequences}; in GiB",
+        ("", "low", "expected", "high", "measured", "off by", ""),
+        rows,
+    )
+    if comparison.assumed:
+        render.note(f"! the log does not say {', '.join(comparison.assumed)}: taken from the options or the defaults.")
+    if not comparison.device_known and "available_kv_cache" in log.measured:
+        render.note("! say --gpu to hold what vLLM left for the cache against the prediction.")

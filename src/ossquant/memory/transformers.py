@@ -1,0 +1,72 @@
+"""transformers, as `ossquant run` uses it: eager attention, the prompt in chunks, one device."""
+
+from ossquant.hardware import Device
+from ossquant.layout import Role
+from ossquant.memory.llama_cpp import driver_context
+from ossquant.memory.terms import MemoryEstimate, Term, Workload, band, exact, kv_bytes_per_token_layer
+from ossquant.plan import Plan
+from ossquant.units import GIB
+
+KV_DTYPES = ("auto", "bf16", "fp16")
+PREFILL_CHUNK = 512  # tokens of a prompt that `ossquant run` computes at once
+# Scores, the scores beside the sinks, and what their largest is taken off: three copies are alive at once, beside
+# keys and values repeated for every query head. Counted over transformers 5.23's eager gpt-oss on meta tensors:
+# 1703 MiB for 512 tokens into 8,192, 6767 into 32,768, 25195 for 8,192 at once; 2026-11-22
+_SCORE_COPIES = 3
+# triton_kernels stores Hopper's values for 3072 columns of 2880: a load of vLLM 0.14.1
+_HOPPER_GROWTH = 3072 / 2880
+
+
+def estimate(plan: Plan, workload: Workload, device: Device) -> MemoryEstimate:
+    """Bytes on one device; sequences run as one padded batch."""
+    return MemoryEstimate(
+        weights=_weights(plan, device),
+        kv_cache=exact(kv_cache_bytes(plan, workload)),
+        compute=_activations(plan, workload),
+        overhead=driver_context(device) + _allocator(plan),
+        host_weights=0,
+        host_overhead=3 * GIB,  # Python with torch and CUDA libraries, and the shard that is being read
+    )
+
+
+def kv_cache_bytes(plan: Plan, workload: Workload) -> int:
+    """Bytes of keys and values; a sliding layer keeps the window less the token being computed."""
+    spec = plan.spec
+    window = min(workload.max_model_len, spec.sliding_window - 1)
+    layers = spec.layer_types
+    tokens = layers.count("full_attention") * workload.max_model_len + layers.count("sliding_attention") * window
+    per_token = kv_bytes_per_token_layer(plan, workload.kv_cache_dtype, KV_DTYPES)
+    return int(workload.sequences * tokens * per_token)
+
+
+def _weights(plan: Plan, device: Device) -> Term:
+    nbytes = plan.nbytes
+    if plan.scheme(Role.EXPERTS).format == "mxfp4" and device.compute_capability == (9, 0):
+        grown = nbytes + int((_HOPPER_GROWTH - 1) * plan.role_nbytes[Role.EXPERTS])
+        return band(nbytes, nbytes, grown, "measured")
+    return exact(nbytes)
+
+
+def _activations(plan: Plan, workload: Workload) -> Term:
+    """The largest of what a layer holds while a chunk attends to the whole context, and of the last logits."""
+    spec = plan.spec
+    context = workload.max_model_len
+    tokens = min(workload.max_num_batched_tokens or PREFILL_CHUNK, context)
+    heads = spec.num_attention_heads
+    scores = 2 * heads * tokens * (context + 1)
+    repeated = 2 * 2 * (heads + spec.num_key_value_heads) * spec.head_dim * context
+    hidden = 2 * tokens * (6 * spec.hidden_size + 2 * heads * spec.head_dim)
+    logits = 2 * 4 * spec.vocab_size
+    if plan.scheme(Role.EXPERTS).format == "bf16":
+        # decoding, generate gathers the chosen experts' weights of every sequence
+        hidden += 2 * spec.num_experts_per_tok * 3 * spec.hidden_size * spec.intermediate_size
+    once = workload.sequences * (repeated + hidden + logits)
+    copies = workload.sequences * scores
+    return band(2 * copies + once, _SCORE_COPIES * copies + once, (_SCORE_COPIES + 1) * copies + 2 * once, "measured")
+
+
+def _allocator(plan: Plan) -> Term:
+    """What torch's allocator holds beside what is asked of it, and experts expanded one at a time to bf16."""
+    spec = plan.spec
+    expanded = 2 * 3 * spec.hidden_size * spec.intermediate_size if plan.scheme(Role.ATTENTION).is_bnb else 0
+    return band(expanded, 2 * expanded + 0.2 * GIB, 4 * expanded + 0.8 * GIB, "heuristic")
