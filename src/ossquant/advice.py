@@ -5,7 +5,6 @@ import shlex
 from ossquant.fit import FitVerdict, falls_back
 from ossquant.layout import Role
 from ossquant.memory.llama_cpp import DEFAULT_UBATCH
-from ossquant.plan import Plan
 from ossquant.units import GIB, MIB, size_both
 
 _GGUF_REPOS = {("20b", "gguf-q8"): "ggml-org/gpt-oss-20b-GGUF", ("120b", "gguf-q8"): "ggml-org/gpt-oss-120b-GGUF"}
@@ -118,7 +117,7 @@ def _skipped_experts(verdict: FitVerdict) -> str:
     if verdict.candidate.engine.name != "transformers" or not plan.scheme(Role.ATTENTION).is_bnb:
         return ""
     # what bitsandbytes finds are attention's linears; experts are 3-D parameters
-    nbytes = 2 * (plan.parameters - _parameters(plan, Role.ATTENTION)) + plan.role_nbytes[Role.ATTENTION]
+    nbytes = 2 * (plan.parameters - plan.role_parameters[Role.ATTENTION]) + plan.role_nbytes[Role.ATTENTION]
     return f"stock load_in_4bit leaves the experts in bf16 and takes {nbytes / GIB:.1f} GiB; load with ossquant."
 
 
@@ -152,7 +151,9 @@ def _host_memory(verdict: FitVerdict) -> str:
         return f"the host needs {size_both(needed)} of free memory and has {size_both(host)}."
     on_host = verdict.workload.n_cpu_moe or verdict.workload.n_cpu_layers
     if host is None and on_host and verdict.verdict == "offload":
-        return f"the host must have {size_both(needed)} free; --host-memory checks it."
+        return (
+            f"{verdict.candidate.engine.name} needs {size_both(needed)} of free host memory; --host-memory checks it."
+        )
     return ""
 
 
@@ -179,7 +180,3 @@ def _unknown_kernels(verdict: FitVerdict) -> str:
     if engine in ("vllm", "transformers") and device.arch and device.mxfp4_kernels.get(engine) is None:
         return f"whether {engine} has MXFP4 kernels for {device.arch} is not known."
     return ""
-
-
-def _parameters(plan: Plan, role: Role) -> int:
-    return sum(entry.tensor.numel for entry in plan.tensors if entry.tensor.role is role)

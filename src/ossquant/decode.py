@@ -1,8 +1,8 @@
 """DecodeRate: tokens a second to expect when a model writes.
 
 A step reads the dense weights once, the experts that its tokens choose, and every sequence's cache. Bandwidth
-bounds it; each layer adds a fixed cost. The constants were fitted to published llama.cpp rates (20 cards and
-models, tests/data/decode_points.toml); everything else is judged from them and has wide bounds.
+bounds it, with many sequences arithmetic; each layer adds a fixed cost. The constants were fitted to published
+llama.cpp rates (tests/data/decode_points.toml); everything else is judged from them and has wide bounds.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,9 @@ _EXPERTS = (Role.EXPERTS, Role.EXPERT_BIAS)
 # effective bandwidth of host memory for offloaded experts, bytes a second: an untuned DDR4 machine measured 16 GB/s,
 # dual-channel DDR5-6000 53, 14900K 56; published runs, 2026-11-22
 HOST_BANDWIDTH = (16e9, 65e9)
+# share of the bf16 rate that many sequences at once reach: 7817 tokens a second of 1000 on an H100 and 4620 on an A100,
+# prompts included, are 5 % or so; gpustack's runs of vLLM 0.11, 2026-11-22
+ARITHMETIC_SHARE = (0.04, 0.35)
 
 
 @dataclass(frozen=True)
@@ -58,46 +61,56 @@ def decode_rate(plan: Plan, engine: str, workload: Workload, device: Device, ten
     """
     if device.bandwidth_gbps is None:
         return None
-    cost, bandwidth = _cost(device), device.bandwidth_gbps * 1e9 * tensor_parallel
-    extra = _extra_seconds(plan, engine)
-    slow = _step_seconds(plan, workload, cost, bandwidth, workload.max_model_len, HOST_BANDWIDTH[0], 1.0)
-    fast = _step_seconds(plan, workload, cost, bandwidth, 0, HOST_BANDWIDTH[1], 0.5)
-    sequences = workload.sequences
-    return DecodeRate(
-        low=sequences / (slow.device / cost.slowest + slow.host + 2 * extra),
-        high=sequences / (fast.device / cost.fastest + fast.host + extra / 2),
+    cost, extra = _cost(device), _extra_seconds(plan, engine)
+    slow = _Edge(workload.max_model_len, 1.0, HOST_BANDWIDTH[0], ARITHMETIC_SHARE[0], cost.slowest, 2 * extra)
+    fast = _Edge(0, 0.5, HOST_BANDWIDTH[1], ARITHMETIC_SHARE[1], cost.fastest, extra / 2)
+    low, high = (
+        workload.sequences / _step_seconds(plan, workload, device, tensor_parallel, cost, edge) for edge in (slow, fast)
     )
+    return DecodeRate(low, high)
 
 
 @dataclass(frozen=True)
-class _Step:
-    device: float
-    host: float
+class _Edge:
+    """One end of the range: tokens in each context, how far sequences choose experts of their own, host bytes and
+    the share of the device's arithmetic a second, speed beside the fitted one, seconds a step on top.
+    """
+
+    depth: int
+    independence: float
+    host_bandwidth: float
+    arithmetic_share: float
+    speed: float
+    extra: float
 
 
 def _step_seconds(
-    plan: Plan,
-    workload: Workload,
-    cost: _Cost,
-    bandwidth: float,
-    depth: int,
-    host_bandwidth: float,
-    independence: float,
-) -> _Step:
-    """Seconds of one step of all sequences; independence says how far sequences choose experts of their own."""
+    plan: Plan, workload: Workload, device: Device, tensor_parallel: int, cost: _Cost, edge: _Edge
+) -> float:
+    """Seconds of one step of all sequences."""
     spec = plan.spec
-    draws = max(1.0, workload.sequences * independence)
+    draws = max(1.0, workload.sequences * edge.independence)
     chosen = 1 - (1 - spec.num_experts_per_tok / spec.num_local_experts) ** draws
     experts = chosen * sum(plan.role_nbytes[role] for role in _EXPERTS)
-    dense = sum(plan.role_nbytes[role] for role in _DENSE) + _cache_bytes(plan, workload, depth)
+    dense = sum(plan.role_nbytes[role] for role in _DENSE) + _cache_bytes(plan, workload, edge.depth)
     layers_on_host = workload.n_cpu_layers / spec.num_hidden_layers
     experts_on_host = max(layers_on_host, workload.n_cpu_moe / spec.num_hidden_layers)
     on_host = dense * layers_on_host + experts * experts_on_host
-    return _Step(
-        device=(dense + experts - on_host) / (cost.bandwidth_share * bandwidth)
-        + spec.num_hidden_layers * cost.seconds_per_layer,
-        host=on_host / host_bandwidth,
-    )
+    bandwidth = cost.bandwidth_share * (device.bandwidth_gbps or 0) * 1e9 * tensor_parallel
+    reading = (dense + experts - on_host) / bandwidth + spec.num_hidden_layers * cost.seconds_per_layer
+    computing = 0.0
+    if device.bf16_tflops:
+        rate = edge.arithmetic_share * device.bf16_tflops * 1e12 * tensor_parallel
+        # of the first sequence arithmetic hides behind reading
+        computing = (workload.sequences - 1) * 2 * _active_parameters(plan) / rate
+    return float(reading / edge.speed + computing + on_host / edge.host_bandwidth + edge.extra)
+
+
+def _active_parameters(plan: Plan) -> float:
+    """Parameters that one token is multiplied with."""
+    share = plan.spec.num_experts_per_tok / plan.spec.num_local_experts
+    parameters = plan.role_parameters
+    return float(sum(parameters[role] for role in _DENSE) + share * parameters[Role.EXPERTS])
 
 
 def _cache_bytes(plan: Plan, workload: Workload, depth: int) -> float:

@@ -4,6 +4,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from typing import Literal
 
 from ossquant.decode import DecodeRate, decode_rate
@@ -218,17 +219,32 @@ def falls_back(candidate: Candidate, device: Device) -> bool:
     )
 
 
-def cheapest(candidate: Candidate, workload: Workload, counts: Sequence[int] = (1, 2, 4, 8)) -> list[FitVerdict]:
-    """What carries a workload, by rent an hour: of each device with a known price the fewest that fit."""
-    found = []
-    for device in devices():
-        if device.usd_per_hour is None:
+def cheapest(asked: Sequence[tuple[Candidate, Workload]]) -> list[FitVerdict]:
+    """What carries a workload, by rent an hour, then by the price of a token.
+
+    Of each device with a known price the fewest that fit, under the engine that writes cheapest.
+    """
+    chosen: dict[tuple[str, str], FitVerdict] = {}
+    for (one, workload), device in product(asked, devices()):
+        verdict = _fewest(one, workload, device)
+        if verdict is None:
             continue
-        verdicts = (fit(candidate, Machine(device, count, None), workload) for count in counts)
-        carrying = next((verdict for verdict in verdicts if verdict.verdict == "fits"), None)
-        if carrying:
-            found.append(carrying)
-    return sorted(found, key=lambda verdict: verdict.usd_per_hour or 0.0)
+        key = (one.model, device.name)
+        if key not in chosen or _price_key(verdict) < _price_key(chosen[key]):
+            chosen[key] = verdict
+    return sorted(chosen.values(), key=_price_key)
+
+
+def _fewest(candidate: Candidate, workload: Workload, device: Device) -> FitVerdict | None:
+    if device.usd_per_hour is None:
+        return None
+    verdicts = (fit(candidate, Machine(device, count, None), workload) for count in (1, 2, 4, 8))
+    return next((verdict for verdict in verdicts if verdict.verdict == "fits"), None)
+
+
+def _price_key(verdict: FitVerdict) -> tuple[float, float]:
+    tokens = verdict.usd_per_million_tokens()
+    return verdict.usd_per_hour or 0.0, sum(tokens) if tokens else float("inf")
 
 
 def best(verdicts: Sequence[FitVerdict]) -> FitVerdict:

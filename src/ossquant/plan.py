@@ -80,6 +80,14 @@ class Plan:
             totals[entry.tensor.role] += entry.nbytes
         return totals
 
+    @cached_property
+    def role_parameters(self) -> Mapping[Role, int]:
+        """Parameters of each role's tensors."""
+        totals = dict.fromkeys(Role, 0)
+        for entry in self.tensors:
+            totals[entry.tensor.role] += entry.tensor.numel
+        return totals
+
     def scheme(self, role: Role) -> Scheme:
         """The scheme of a role's tensors; a role has one."""
         return next(entry.scheme for entry in self.tensors if entry.tensor.role is role)

@@ -12,6 +12,7 @@ from conftest import run_cli
 
 RUNTIME = {"torch", "transformers", "bitsandbytes", "accelerate"}
 CODEC = {"numpy", "numba", "rich", "safetensors", "huggingface_hub"}
+NETWORK = {"huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp", "ssl"}
 LISTED = """
 import json, sys
 from ossquant.cli import main
@@ -20,6 +21,16 @@ try:
 finally:
     print()
     print(json.dumps(sorted(sys.modules)))
+"""
+# refuses every connection and every look-up of a host
+DEAF = """
+import sys
+
+def refuse(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+        raise SystemExit(f"{event} {arguments}")
+
+sys.addaudithook(refuse)
 """
 WITHOUT = """
 import sys
@@ -65,7 +76,7 @@ def test_help_is_fast() -> None:
 
 
 def test_fit_is_fast() -> None:
-    """`ossquant fit --gpu 4090` takes no more than 0.30 s of CPU."""
+    """`ossquant fit --gpu 4090` takes no more than 0.30 s of CPU: both models, every engine and format."""
     assert reaches(0.30, "fit", "--gpu", "4090")
 
 
@@ -75,9 +86,33 @@ def test_help_is_cold(command: str) -> None:
     assert not modules(*command.split(), "--help") & (RUNTIME | CODEC)
 
 
-def test_fit_is_cold() -> None:
-    """`fit` draws a table, and loads no more than that takes."""
-    assert not modules("fit", "--gpu", "4090") & (RUNTIME | CODEC - {"rich"})
+@pytest.mark.parametrize(
+    "options",
+    [["--gpu", "4090"], ["--gpu", "4090", "--json"], ["--compare", "4090", "a100"], ["--cheapest"]],
+    ids=lambda options: " ".join(options),
+)
+def test_fit_is_cold(options: list[str]) -> None:
+    """`fit` draws a table, and loads no more than that takes: no runtime, no codec, nothing of a network."""
+    assert not modules("fit", *options) & (RUNTIME | NETWORK | CODEC - {"rich"})
+
+
+@pytest.mark.parametrize("options", [["4090"], ["--compare", "4090"], ["4090", "--model", "tiny"]], ids=" ".join)
+def test_fit_asks_nobody(options: list[str], trained: Path, tmp_path: Path) -> None:
+    """`fit` opens no connection, as long as no hub id is named."""
+    (tmp_path / "tiny").symlink_to(trained)
+    program = DEAF + "from ossquant.cli import main\nmain()"
+    asked = [sys.executable, "-c", program, "fit", *options]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_refusal_would_be_seen(tmp_path: Path) -> None:
+    """With a hub id the same program does ask, and is refused."""
+    program = DEAF + "from ossquant.cli import main\nmain()"
+    asked = [sys.executable, "-c", program, "fit", "4090", "--model", "someone/gpt-oss-mine"]
+    env = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:1"}
+    done = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
+    assert done.stderr.startswith("socket.")
 
 
 def test_quantize_is_cold(trained: Path, tmp_path: Path) -> None:

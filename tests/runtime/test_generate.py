@@ -7,6 +7,7 @@ from reference import reference_model
 
 from ossquant import load_model
 from ossquant.errors import UsageError
+from ossquant.memory.transformers import PREFILL_CHUNK
 from ossquant.runtime.generate import generate
 from ossquant.runtime.harmony import HarmonyParser
 
@@ -41,6 +42,21 @@ def test_text_equals_the_reference(scheme: str, trained: Path, quantized: dict[s
         assert reply.token_ids == expected[0, prompt.shape[1] :].tolist()
         assert (reply.analysis, reply.final) == (dialogue["analysis"], dialogue["final"])
         assert reply.finish_reason == "stop"
+
+
+def test_long_prompt_in_chunks(trained: Path, quantized: dict[str, Path]) -> None:
+    """A prompt of several chunks gives the tokens that the reference gives with all of it at once."""
+    model, tokenizer = load_model(quantized["hybrid"], dtype="float32")
+    messages = [{"role": "user", "content": "What is the capital of France? " * 200}]
+    reply = generate(model, tokenizer, messages, max_new_tokens=24)
+    assert reply.prompt_tokens > 2 * PREFILL_CHUNK
+    prompt = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, reasoning_effort="medium"
+    )["input_ids"]
+    reference = reference_model(trained, "hybrid")
+    reference.generation_config = model.generation_config
+    expected = reference.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=24)
+    assert reply.token_ids == expected[0, prompt.shape[1] :].tolist()
 
 
 def test_bf16_compute_says_the_same(quantized: dict[str, Path], dialogues: list) -> None:  # type: ignore[type-arg]

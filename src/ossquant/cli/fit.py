@@ -173,10 +173,7 @@ def _compare(
 
 
 def _cheapest(asked: list[tuple[Candidate, Workload]], as_json: bool) -> None:
-    found = sorted(
-        (verdict for one, workload in asked for verdict in cheapest(one, workload)),
-        key=lambda verdict: verdict.usd_per_hour or 0.0,
-    )
+    found = cheapest(asked)
     if as_json:
         fit_json.print_cheapest(found)
     else:

@@ -39,18 +39,23 @@ def _show_table(verdicts: list[FitVerdict]) -> None:
         ]
         for verdict in verdicts
     ]
-    columns = ("", "engine", "format", "verdict", "", "GiB", "GB", "longest", "tokens/s")
-    render.print_table(_title(verdicts[0]), columns, rows, texts=5)
+    columns = ("", "engine", "format", "verdict", "", "GiB", "GB", "longest", "tok/s")
+    render.print_table(_title(verdicts[0]), columns, rows, texts=5, dense=True)
     for model in dict.fromkeys(verdict.candidate.model for verdict in verdicts):
         chosen = best([verdict for verdict in verdicts if verdict.candidate.model == model])
         render.print_line(f"{model}: {command(chosen) or _what_it_takes(chosen)}")
-    seen = dict.fromkeys(
-        warning
-        for model in dict.fromkeys(verdict.candidate.model for verdict in verdicts)
-        for warning in warnings(best([verdict for verdict in verdicts if verdict.candidate.model == model]))
-    )
-    for warning in seen:
+    for warning in dict.fromkeys(warning for verdict in _worth_a_warning(verdicts) for warning in warnings(verdict)):
         render.note(f"! {warning}")
+
+
+def _worth_a_warning(verdicts: list[FitVerdict]) -> list[FitVerdict]:
+    """Of each model and engine the verdict to act on, if there is something to act on."""
+    groups: dict[tuple[str, str], list[FitVerdict]] = {}
+    for verdict in verdicts:
+        groups.setdefault((verdict.candidate.model, verdict.candidate.engine.name), []).append(verdict)
+    chosen = [best(group) for group in groups.values()]
+    running = [verdict for verdict in chosen if verdict.verdict != "no" or verdict.obstacle]
+    return running or [best(verdicts)]
 
 
 def _show_one(verdict: FitVerdict) -> None:
@@ -138,21 +143,32 @@ def show_comparison(columns: list[list[FitVerdict]]) -> None:
     """Verdict and longest context of every model, a column a machine."""
     from ossquant.cli import render
 
-    names = [_machine_name(column[0]) for column in columns]
-    rows = [
-        [f"{row[0].candidate.model} {row[0].candidate.engine.name} {row[0].candidate.format}",
-         *(f"{_verdict(verdict)} {_short(verdict.longest_max_model_len)}".strip() for verdict in row)]
-        for row in zip(*columns, strict=True)
-    ]  # fmt: skip
-    rows.append(["usable GiB a GPU", *(f"{column[0].machine.device.usable_bytes / GIB:.1f}" for column in columns)])
-    rows.append(["USD an hour", *(f"{column[0].usd_per_hour or 0:.2f}".replace("0.00", "-") for column in columns)])
-    letters = [chr(ord("A") + index) if index < 26 else str(index) for index in range(len(columns))]
-    for letter, name in zip(letters, names, strict=True):
-        render.print_line(f"{letter}: {name}")
+    letters = [_letter(index) for index in range(len(columns))]
+    for letter, column in zip(letters, columns, strict=True):
+        price = column[0].usd_per_hour
+        rent = f", {price:.2f} USD an hour" if price else ""
+        render.print_line(f"{letter}: {_machine_name(column[0])}, {_memory(column[0].machine.device)}{rent}")
     workload = columns[0][0].workload
-    render.print_table(
-        f"verdict and longest context; asked for {workload.max_model_len:,} tokens", ("", *letters), rows
-    )
+    title = f"verdict and longest context; asked for {workload.max_model_len:,} tokens"
+    at_once = max(1, (render.width() - 20) // 12)
+    for begin in range(0, len(columns), at_once):
+        shown = columns[begin : begin + at_once]
+        rows = []
+        for model in dict.fromkeys(verdict.candidate.model for verdict in shown[0]):
+            rows.append([model, *("" for _ in shown)])
+            for row in zip(*shown, strict=True):
+                chosen = row[0].candidate
+                if chosen.model == model:
+                    rows.append([f"{chosen.engine.name} {chosen.format}", *(_cell(verdict) for verdict in row)])
+        render.print_table(title, ("", *letters[begin : begin + at_once]), rows, dense=True)
+
+
+def _letter(index: int) -> str:
+    return chr(ord("A") + index) if index < 26 else str(index)
+
+
+def _cell(verdict: FitVerdict) -> str:
+    return f"{verdict.verdict} {_short(verdict.longest_max_model_len)}".strip()
 
 
 def _short(tokens: int) -> str:
@@ -177,7 +193,7 @@ def show_cheapest(verdicts: list[FitVerdict]) -> None:
             f"{price[0]:.2f}-{price[1]:.2f}" if price else "-",
             _decode(verdict),
         ])  # fmt: skip
-    columns = ("", "engine", "GPU", "USD/h", "USD/M tokens", "tokens/s")
+    columns = ("", "engine", "GPU", "USD/h", "USD/M tokens", "tok/s")
     title = f"GPUs with a known rent that carry {verdicts[0].workload.max_model_len:,} tokens of context"
     render.print_table(title, columns, rows, texts=3)
     sources = dict.fromkeys(verdict.machine.device.sources["price"] for verdict in verdicts)

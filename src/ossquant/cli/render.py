@@ -42,10 +42,21 @@ VERDICT_STYLES = {"fits": "green", "tight": "yellow", "offload": "cyan", "no": "
 
 
 def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], total: Sequence[str] = (), texts: int = 1
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    total: Sequence[str] = (),
+    texts: int = 1,
+    dense: bool = False,
 ) -> None:
-    """Print a plain table on stdout: the first columns (texts of them) are text, the others are figures."""
-    result = Table(box=None, pad_edge=False, padding=(0, 1), show_footer=bool(total), show_header=any(columns))
+    """Print a plain table on stdout: the first columns (texts of them) are text, the others are figures.
+
+    dense leaves one space between columns.
+    """
+    result = Table(
+        box=None, pad_edge=False, padding=(0, 1), collapse_padding=dense, show_footer=bool(total),
+        show_header=any(columns),
+    )  # fmt: skip
     for index, column in enumerate(columns):
         footer = escape(total[index]) if total else ""
         result.add_column(column, footer, justify="left" if index < texts else "right", no_wrap=True)
@@ -53,6 +64,11 @@ def print_table(
         result.add_row(*(Text(cell, VERDICT_STYLES.get(cell.partition(" ")[0], "")) for cell in row))
     out.print(escape(title), soft_wrap=True)
     out.print(result)
+
+
+def width() -> int:
+    """Columns of the terminal."""
+    return out.width
 
 
 def print_line(text: str) -> None:

@@ -7,7 +7,7 @@ from ossquant.layout import Role
 from ossquant.memory import llama_cpp
 from ossquant.memory.terms import MemoryEstimate, Term, Workload, band, exact, kv_bytes_per_token_layer
 from ossquant.plan import Plan
-from ossquant.units import GIB, MIB
+from ossquant.units import MIB
 
 KV_DTYPES = ("auto", "f16", "q8_0", "q4_0")
 LLAMA_SERVER_VERSION = (0, 30)  # from here on Ollama runs llama-server
@@ -20,10 +20,18 @@ def estimate(
     plan: Plan, workload: Workload, device: Device, count: int, version: tuple[int, ...] | None
 ) -> MemoryEstimate:
     """Bytes for the GGUF that Ollama ships; version is Ollama's, None for the newest."""
+    kv_bytes_per_token_layer(plan, workload.kv_cache_dtype, KV_DTYPES)  # llama-server would take more types
     if version is None or version >= LLAMA_SERVER_VERSION:
-        batched = replace(workload, ubatch=_ubatch(plan, workload, device, count))
         build = next((build for since, build in _PINNED_BUILDS if version and version >= since), None)
-        whole = llama_cpp.estimate(plan, batched, device, count, build)
+        small, usual, large = (
+            llama_cpp.estimate(plan, replace(workload, ubatch=ubatch), device, count, build)
+            for ubatch in _ubatches(workload)
+        )
+        whole = replace(
+            usual,
+            kv_cache=band(small.kv_cache.low, usual.kv_cache.expected, large.kv_cache.high, "measured"),
+            compute=band(small.compute.low, usual.compute.expected, large.compute.high, "measured"),
+        )
     else:
         whole = llama_cpp.estimate(plan, replace(workload, ubatch=_OWN_BATCH), device, count, build=None)
         whole = replace(whole, kv_cache=_own_cache(plan, workload), compute=_own_graph(workload).times(count))
@@ -43,20 +51,17 @@ def _layers_to_host(whole: MemoryEstimate, share: float, plan: Plan) -> MemoryEs
     )
 
 
-def _ubatch(plan: Plan, workload: Workload, device: Device, count: int) -> int:
-    """The batch that Ollama chooses: larger for long contexts where the memory allows.
+def _ubatches(workload: Workload) -> tuple[int, int, int]:
+    """The batch that Ollama may choose: least, usual and most.
 
-    Source: server/sched.go of 0.30 to 0.33, 2026-11-22; it counts the cache with a head size of 45, no window.
+    Long contexts get larger ones, less where memory is short. Source: server/sched.go of 0.30 to 0.33, 2026-11-22.
     """
     if workload.ubatch:
-        return workload.ubatch
-    spec, tokens = plan.spec, workload.max_model_len * workload.sequences
-    available = device.usable_bytes * count
-    counted = plan.nbytes + 2 * 2 * 45 * spec.num_key_value_heads * spec.num_hidden_layers * tokens
-    for above, ubatch, share, surcharge in ((32768, 2048, 0.6, 2 * GIB), (4096, 1024, 0.75, 768 * MIB)):
-        if tokens > above and counted <= share * available and counted + surcharge <= 0.8 * available:
-            return ubatch
-    return llama_cpp.DEFAULT_UBATCH
+        return workload.ubatch, workload.ubatch, workload.ubatch
+    tokens, least = workload.max_model_len * workload.sequences, llama_cpp.DEFAULT_UBATCH
+    if tokens <= 4096:
+        return least, least, least
+    return least, 1024, 2048 if tokens > 32768 else 1024
 
 
 def _own_cache(plan: Plan, workload: Workload) -> Term:

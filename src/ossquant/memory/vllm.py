@@ -10,10 +10,11 @@ KV_DTYPES = ("auto", "bf16", "fp16", "fp8", "fp8_e4m3", "fp8_e5m2")
 PAGE_TOKENS = 16
 Version = tuple[int, ...] | None  # None: the newest
 # What changed when, by vLLM's source of 0.10.2, 0.11.0 and 0.32.0 and its logs; 2026-11-22
-_TRITON_ON_HOPPER = (0, 11)  # 0.10.1 loaded Marlin's padding on an H100, 0.14.1 Triton's
+_PADDED = (0, 10, 1)  # the image of the release day did not pad
+_TRITON_ON_HOPPER = (0, 12)  # 0.10.1 and 0.11.2 loaded Marlin's padding on an H100, 0.14.1 Triton's
 _LEAN_SAMPLER = (0, 19)
 _GRAPHS_INSIDE = (0, 21)  # CUDA graphs count within gpu_memory_utilization
-_TWO_BATCHES = (0, 30)  # a request's sliding pages are counted for two batches in flight
+_TWO_BATCHES = (0, 20)  # a request's sliding pages are counted for two batches; a log of April 2026 shows it
 _NARROW_TRTLLM = (0, 32)  # TRT-LLM pads the intermediate size to 128, before to 256
 # triton_kernels stores Hopper's values for 3072 columns of 2880, and pads the scales by 1.5 %; a load of 0.14.1
 _TRITON_VALUES, _TRITON_SCALES = 3072 / 2880, 1.0148
@@ -79,9 +80,9 @@ def _profile_run(plan: Plan, workload: Workload, device: Device, count: int, ver
     # MoE inputs, both halves of gate_up and the output of four experts a token, bf16
     per_token = 2 * spec.num_experts_per_tok * (2 * spec.hidden_size + 3 * spec.intermediate_size // count)
     logits = min(sequences_profiled(workload, device), tokens) * spec.vocab_size
-    # Bytes a logit. Until 0.18: 28 counted in the source's torch path, sort's workspace on top (36 fits two logs of an
-    # H100); later 10 to 14 by its Triton kernels, 28 on the old path; 2026-11-22
-    copies = (10, 14, 28) if _since(_LEAN_SAMPLER, version) else (28, 34, 40)
+    # Bytes a logit. Until 0.18 28 by the source's torch path, sort's workspace on top (36 fits two logs of an H100),
+    # 10 with FlashInfer; later 10 to 14 by its Triton kernels; 2026-11-22
+    copies = (10, 14, 28) if _since(_LEAN_SAMPLER, version) else (10, 34, 40)
     batch = tokens * per_token
     low, expected, high = (max(batch, copies[0] * logits), max(1.5 * batch, copies[1] * logits),
                            max(3 * batch, copies[2] * logits))  # fmt: skip
@@ -99,7 +100,7 @@ def backend(device: Device, version: Version) -> str:
     """The MXFP4 kernels that vLLM takes on a device: marlin, triton, trtllm or what the table knows."""
     if device.compute_capability == (9, 0):
         return "triton" if _since(_TRITON_ON_HOPPER, version) else "marlin"
-    return str(device.mxfp4_kernels.get("vllm") or "marlin")
+    return str(device.mxfp4_kernels.get("vllm") or ("triton" if device.vendor == "amd" else "marlin"))
 
 
 def _weights(plan: Plan, device: Device, count: int, version: Version) -> Term:
@@ -114,12 +115,16 @@ def _weights(plan: Plan, device: Device, count: int, version: Version) -> Term:
         return exact(dense + (experts + biases) * split * _round_up(shard, 64) / shard)
     if plan.scheme(Role.EXPERTS).format != "mxfp4":
         return exact(dense + experts + biases)
+    if not _since(_PADDED, version):
+        return exact(dense + (experts + biases) * split)
     kernels = backend(device, version)
     marlin = experts * split * _padding(spec.hidden_size, shard, 256, 128)
-    if kernels == "triton" and device.compute_capability == (9, 0):
-        grown = split * experts * (16 / 17 * _TRITON_VALUES + 1 / 17 * _TRITON_SCALES)
-        # without the triton_kernels package it takes Marlin
-        return band(dense + grown + biases, dense + grown + biases, dense + max(grown, marlin) + biases, "measured")
+    if device.compute_capability == (9, 0):
+        # which of the two it is depends on the package triton_kernels, too
+        swizzled = split * experts * (16 / 17 * _TRITON_VALUES + 1 / 17 * _TRITON_SCALES)
+        expected = swizzled if kernels == "triton" else marlin
+        rest = dense + biases
+        return band(rest + min(swizzled, marlin), rest + expected, rest + max(swizzled, marlin), "measured")
     trtllm = (256, 128) if _since(_NARROW_TRTLLM, version) else (256, 256)
     triton = (256, 256) if device.vendor == "amd" else (1, 64)
     steps = {"triton": triton, "trtllm": trtllm}.get(kernels, (256, 128))

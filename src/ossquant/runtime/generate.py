@@ -9,6 +9,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from ossquant.errors import CheckpointError, UsageError
+from ossquant.memory.transformers import PREFILL_CHUNK
 from ossquant.runtime.harmony import HarmonyParser, OnText
 
 REASONING_EFFORTS = ("low", "medium", "high")
@@ -67,6 +68,7 @@ def generate(
 ) -> Reply:
     """Answer a conversation, one {'role', 'content'} a message. temperature 0 takes the likeliest token each time.
 
+    A long prompt is computed PREFILL_CHUNK tokens at a time: eager attention's memory grows with their number.
     Raises UsageError, CheckpointError.
     """
     if max_new_tokens < 1 or temperature < 0:
@@ -77,7 +79,7 @@ def generate(
     started = time.monotonic()
     with torch.inference_mode():
         model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens,
-                       streamer=stream, **sampling)  # fmt: skip
+                       prefill_chunk_size=PREFILL_CHUNK, streamer=stream, **sampling)  # fmt: skip
     ended = time.monotonic()
     return Reply(
         analysis=stream.parser.text("analysis"),
