@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ossquant.decode import DecodeRate, decode_rate
+from ossquant.decode import HOST_BANDWIDTH, DecodeRate, decode_rate
 from ossquant.fit import ENGINE_FORMATS, FORMATS
 from ossquant.hardware import Device, devices, find_device
+from ossquant.layout import Role
 from ossquant.memory import ENGINES, Workload
 from ossquant.plan import Plan, make_plan
 from ossquant.spec import ModelSpec
@@ -110,6 +111,16 @@ def test_whole_layers_slow_more() -> None:
     assert whole.high < experts.high
 
 
+def test_all_layers_on_the_host() -> None:
+    """A layer on the host has its chosen experts read there and its attention, too."""
+    plan = plan_of("20b", "gguf-bf16")
+    experts, whole = (
+        1 / rate("4090", "20b", "gguf-bf16", **asked).high for asked in ({"n_cpu_moe": 24}, {"n_cpu_layers": 24})
+    )
+    assert experts >= plan.role_nbytes[Role.EXPERTS] * 4 / 32 / HOST_BANDWIDTH[1]
+    assert whole - experts >= 0.9 * plan.role_nbytes[Role.ATTENTION] / HOST_BANDWIDTH[1]
+
+
 @pytest.mark.parametrize(("engine", "name"), PAIRS)
 @pytest.mark.parametrize("gpu", ["4090", "m4max"])
 def test_depth(engine: str, name: str, gpu: str) -> None:
@@ -117,6 +128,12 @@ def test_depth(engine: str, name: str, gpu: str) -> None:
     rates = [rate(gpu, "20b", name, engine, max_model_len=length) for length in (1, 128, 4096, 32768, 131072)]
     assert all(after.low < one.low for one, after in pairwise(rates))
     assert len({each.high for each in rates}) == 1
+
+
+def test_window() -> None:
+    """Up to the window a token costs every layer, beyond it the half that sees everything."""
+    seconds = [1 / rate("4090", max_model_len=length).low for length in (1, 128, 255)]
+    assert seconds[1] - seconds[0] == pytest.approx(2 * (seconds[2] - seconds[1]), rel=0.01)
 
 
 def test_smaller_cache() -> None:

@@ -156,14 +156,14 @@ def never_falls(figures: list[tuple[int, int, int]]) -> bool:
 
 
 @settings(max_examples=200)
-@given(questions("llama.cpp", "vllm", "transformers"), st.lists(st.integers(1, FULL), min_size=3, max_size=6))
+@given(questions(), st.lists(st.integers(1, FULL), min_size=3, max_size=6))
 def test_memory_never_falls_with_context(question: tuple[Candidate, Machine, Workload], lengths: list[int]) -> None:
     """More context never takes less memory, in any figure."""
     assert never_falls([taken(question, max_model_len=length) for length in sorted(lengths)])
 
 
 @settings(max_examples=200)
-@given(questions("llama.cpp", "vllm", "transformers"), st.lists(st.integers(1, 300), min_size=3, max_size=6))
+@given(questions(), st.lists(st.integers(1, 300), min_size=3, max_size=6))
 def test_memory_never_falls_with_sequences(question: tuple[Candidate, Machine, Workload], counts: list[int]) -> None:
     """More sequences never take less memory, in any figure."""
     assert never_falls([taken(question, max_num_seqs=count) for count in sorted(counts)])
@@ -175,18 +175,6 @@ def test_memory_never_falls_with_bits(question: tuple[Candidate, Machine, Worklo
     assume(question[2].max_model_len >= 1024)
     dtypes = sorted(KV_DTYPES[question[0].engine.name], key=kv_element_bytes)
     assert never_falls([taken(question, kv_cache_dtype=dtype) for dtype in dtypes])
-
-
-@given(questions("ollama"), st.lists(st.integers(1, FULL), min_size=3, max_size=6), st.sampled_from((512, 1024, 2048)))
-def test_ollama_never_falls_with_context(
-    question: tuple[Candidate, Machine, Workload], lengths: list[int], ubatch: int
-) -> None:
-    """The same for Ollama with a batch of one size; left to itself, it takes a smaller one as memory gets short."""
-    chosen, machine, workload = question
-    figures = [
-        taken((chosen, machine, replace(workload, ubatch=ubatch)), max_model_len=length) for length in sorted(lengths)
-    ]
-    assert never_falls(figures)
 
 
 def asks_again(verdict: FitVerdict, **changed: Any) -> bool:
@@ -229,7 +217,9 @@ def test_longest_and_most_agree_with_the_verdict(question: tuple[Candidate, Mach
     verdict = fit(*question)
     fits = verdict.verdict in ("fits", "offload")
     assert fits == (verdict.longest_max_model_len >= verdict.workload.max_model_len)
-    assert fits == (verdict.most_num_seqs >= verdict.workload.sequences)
+    # vLLM left to itself prepares for a thousand sequences and more than one alone may then fit
+    if verdict.workload.max_num_seqs or verdict.candidate.engine.name != "vllm":
+        assert fits == (verdict.most_num_seqs >= verdict.workload.sequences)
 
 
 @settings(max_examples=200)

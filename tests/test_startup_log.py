@@ -158,6 +158,7 @@ EXPECTED = {
     ),
     "ollama_strix_halo_120b": StartupLog(
         engine="ollama",
+        own_engine=True,
         model="120b",
         format="gguf-bf16",
         device_name="AMD Radeon Graphics",
@@ -176,6 +177,7 @@ EXPECTED = {
     ),
     "ollama_0_11_20b": StartupLog(
         engine="ollama",
+        own_engine=True,
         model="20b",
         n_devices=1,
         measured={"weights": int(11.7 * GIB), "host_weights": int(1.1 * GIB), "compute": int(2.1 * GIB)},

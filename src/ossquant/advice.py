@@ -171,7 +171,7 @@ def _claim_120b(verdict: FitVerdict) -> str:
         return ""
     return (
         "no 4-bit format squeezes the 120B into 24 GB, as is often claimed: its weights take 58 GiB and more. "
-        "llama.cpp runs it there with most experts in 40 GiB and more of host memory (--n-cpu-moe)."
+        "llama.cpp runs it there with most experts in some 40 GiB of host memory (--n-cpu-moe)."
     )
 
 

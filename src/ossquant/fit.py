@@ -15,7 +15,7 @@ from ossquant.memory import Engine, MemoryEstimate, Workload, estimate, vllm
 from ossquant.plan import Plan, make_plan
 from ossquant.recipe import BUILT_IN, SERVED, Recipe
 from ossquant.spec import ModelSpec
-from ossquant.units import GIB
+from ossquant.units import GIB, size_both
 
 Verdict = Literal["fits", "tight", "offload", "no"]
 _BEST_FIRST: tuple[Verdict, ...] = ("fits", "tight", "offload", "no")
@@ -27,6 +27,7 @@ ENGINE_FORMATS: dict[str, tuple[str, ...]] = {
     "vllm": ("mxfp4", "int4", "bf16"),
     "transformers": ("mxfp4", "hybrid", "nf4", "fp4", "bf16"),
 }
+MIXED = "mixed"  # a checkpoint of a recipe of the user's own
 MAX_SEQUENCES = 4096
 
 
@@ -101,10 +102,14 @@ def fit(candidate: Candidate, machine: Machine, workload: Workload, plan_offload
     A workload with n_cpu_moe of its own is taken as it is, and any with plan_offload off. Raises UsageError
     for a workload that cannot be.
     """
+    obstacle = _obstacle(candidate, machine, workload)
+    machine = replace(machine, count=_devices_used(candidate, machine, workload))
     question = _Question(candidate, machine)
-    obstacle = question.obstacle(workload)
     if plan_offload and not obstacle and not workload.n_cpu_moe and question.state(workload) == "no":
-        workload = question.offloaded(workload) or workload
+        offloaded = question.offloaded(workload)
+        if offloaded:
+            obstacle = question.host_lacks(offloaded)
+            workload = workload if obstacle else offloaded
     verdict: Verdict = "no" if obstacle else question.state(workload)
     on_host = workload.n_cpu_moe or workload.n_cpu_layers
     return FitVerdict(
@@ -127,11 +132,10 @@ class _Question:
     machine: Machine
 
     def estimate(self, workload: Workload) -> MemoryEstimate:
-        device, count = self.machine.device, self._devices_used(workload)
-        return estimate(self._loaded(), self.candidate.engine, workload, device, count)
+        return estimate(self._loaded(), self.candidate.engine, workload, self.machine.device, self.machine.count)
 
     def usable(self, workload: Workload) -> int:
-        usable = self.machine.device.usable_bytes * self._devices_used(workload)
+        usable = self.machine.device.usable_bytes * self.machine.count
         if self.candidate.engine.name == "vllm":
             return int(usable * vllm.utilization(workload, self.candidate.engine.version))
         return usable
@@ -142,22 +146,8 @@ class _Question:
             return "no"
         return "fits" if needed.total.high <= usable else "tight"
 
-    def obstacle(self, workload: Workload) -> str:
-        """Why the machine cannot run the candidate at all; empty if it can."""
-        device = self.machine.device
-        if self.candidate.engine.name != "vllm":
-            return ""
-        if device.mxfp4_kernels.get("vllm") is False:
-            return f"vLLM has no kernels for gpt-oss on {device.arch}"
-        heads, split = self.candidate.plan.spec.num_attention_heads, self._devices_used(workload)
-        if heads % split:
-            return f"vLLM cannot split {heads} attention heads over {split} GPUs; --tp says over how many"
-        if split > self.machine.count:
-            return f"--tp {split} needs {split} GPUs, there are {self.machine.count}"
-        return ""
-
     def offloaded(self, workload: Workload) -> Workload | None:
-        """The workload with as little on the host as fits; None if nothing does, or the engine cannot."""
+        """The workload with as little on the host as fits the devices; None if nothing does, or the engine cannot."""
         engine, layers = self.candidate.engine, self.candidate.plan.spec.num_hidden_layers
         if self.machine.device.unified_memory or engine.name not in ("llama.cpp", "ollama"):
             return None
@@ -166,7 +156,18 @@ class _Question:
         else:
             moved = [replace(workload, n_cpu_layers=count) for count in range(1, layers + 1)]
         index = bisect_left(moved, True, key=self._on_device)
-        return moved[index] if index < layers and self.state(moved[index]) == "fits" else None
+        return moved[index] if index < layers else None
+
+    def host_lacks(self, workload: Workload) -> str:
+        """What an offload lacks of host memory; empty if nothing, or if that is not known."""
+        needed, host = self.estimate(workload), self.machine.host_memory
+        if self._host_holds(needed) or host is None:
+            return ""
+        layers = workload.n_cpu_moe or workload.n_cpu_layers
+        return (
+            f"with {layers} layers on the host {self.candidate.engine.name} would fit, but needs "
+            f"{size_both(needed.host_total)} of host memory, and {size_both(host)} are free"
+        )
 
     def _on_device(self, workload: Workload) -> bool:
         return self.estimate(workload).total.high <= self.usable(workload)
@@ -188,14 +189,8 @@ class _Question:
 
     def decode(self, workload: Workload) -> DecodeRate | None:
         engine = self.candidate.engine.name
-        tensor_parallel = self._devices_used(workload) if engine == "vllm" else 1
+        tensor_parallel = self.machine.count if engine == "vllm" else 1
         return decode_rate(self._loaded(), engine, workload, self.machine.device, tensor_parallel)
-
-    def _devices_used(self, workload: Workload) -> int:
-        if self.candidate.engine.name == "transformers":
-            return 1
-        split = self.candidate.engine.name == "vllm" and workload.tensor_parallel
-        return split or self.machine.count
 
     def _loaded(self) -> Plan:
         """The plan as it lies in memory: transformers expands MXFP4 to bf16 where it has no kernels."""
@@ -210,6 +205,27 @@ class _Question:
         return host is None or needed.host_total <= host
 
 
+def _devices_used(candidate: Candidate, machine: Machine, workload: Workload) -> int:
+    if candidate.engine.name == "transformers":
+        return 1
+    split = workload.tensor_parallel if candidate.engine.name == "vllm" else None
+    return min(split or machine.count, machine.count)
+
+
+def _obstacle(candidate: Candidate, machine: Machine, workload: Workload) -> str:
+    """Why the machine cannot run the candidate at all; empty if it can."""
+    if candidate.engine.name != "vllm":
+        return ""
+    if machine.device.mxfp4_kernels.get("vllm") is False:
+        return f"vLLM has no kernels for gpt-oss on {machine.device.arch}"
+    heads, split = candidate.plan.spec.num_attention_heads, workload.tensor_parallel or machine.count
+    if heads % split:
+        return f"vLLM cannot split {heads} attention heads over {split} GPUs; --tp says over how many"
+    if split > machine.count:
+        return f"--tp {split} needs {split} GPUs, there are {machine.count}"
+    return ""
+
+
 def falls_back(candidate: Candidate, device: Device) -> bool:
     """Whether transformers would expand the candidate's MXFP4 experts to bf16 on a device."""
     return (
@@ -219,13 +235,13 @@ def falls_back(candidate: Candidate, device: Device) -> bool:
     )
 
 
-def cheapest(asked: Sequence[tuple[Candidate, Workload]]) -> list[FitVerdict]:
+def cheapest(asked: Sequence[Candidate], workload: Workload) -> list[FitVerdict]:
     """What carries a workload, by rent an hour, then by the price of a token.
 
     Of each device with a known price the fewest that fit, under the engine that writes cheapest.
     """
     chosen: dict[tuple[str, str], FitVerdict] = {}
-    for (one, workload), device in product(asked, devices()):
+    for one, device in product(asked, devices()):
         verdict = _fewest(one, workload, device)
         if verdict is None:
             continue
@@ -253,7 +269,14 @@ def best(verdicts: Sequence[FitVerdict]) -> FitVerdict:
 
 
 def stored_format(plan: Plan) -> str:
-    """The name in FORMATS of what a checkpoint holds; double quantization and block size aside."""
+    """The name in FORMATS of what a checkpoint holds, double quantization and block size aside; else "mixed"."""
     roles = (Role.EXPERTS, Role.ATTENTION, Role.LM_HEAD)
     kinds = [plan.scheme(role).format for role in roles]
-    return next(name for name, recipe in FORMATS.items() if [recipe.scheme(role).format for role in roles] == kinds)
+    same = (name for name, recipe in FORMATS.items() if [recipe.scheme(role).format for role in roles] == kinds)
+    return next(same, MIXED)
+
+
+def loads_stored(engine: Engine, plan: Plan) -> bool:
+    """Whether an engine loads a checkpoint as it is stored; what no name describes `ossquant run` alone does."""
+    name = stored_format(plan)
+    return engine.name == "transformers" if name == MIXED else name in ENGINE_FORMATS[engine.name]

@@ -49,11 +49,13 @@ class LogComparison:
         return self.machine.device.name != UNNAMED
 
 
-def compare_log(path: Path, gpu: str | None, model: str | None, name: str | None, asked: Workload) -> LogComparison:
+def compare_log(
+    path: Path, gpu: str | None, model: str | None, version: str | None, name: str | None, asked: Workload
+) -> LogComparison:
     """Read a log and predict the same.
 
-    gpu, model, name (a format) and asked stand in for what the log does not say. Raises UsageError for a log that
-    cannot be read or does not say enough.
+    gpu, model, the engine's version, name (a format) and asked stand in for what the log does not say.
+    Raises UsageError for a log that cannot be read or does not say enough.
     """
     log = read_startup_log(path)
     which = model or log.model
@@ -61,7 +63,7 @@ def compare_log(path: Path, gpu: str | None, model: str | None, name: str | None
         raise UsageError(f"{path.name} does not say which model", hint="say --model 20b or 120b")
     stated = log.format and _SAME_SIZE.get(log.format, log.format)
     chosen = name or stated or ENGINE_FORMATS[log.engine][0]
-    engine = parse_engine(log.engine, log.version or (_OWN_OLLAMA_ENGINE if log.own_engine else None))
+    engine = parse_engine(log.engine, version or log.version or (_OWN_OLLAMA_ENGINE if log.own_engine else None))
     machine = _machine(log, gpu)
     question = candidate(which, ModelSpec.published(which), chosen, engine)
     workload = workload_for(engine, _workload(log, asked))
@@ -85,6 +87,8 @@ def _rows(log: StartupLog, estimate: MemoryEstimate) -> list[LogRow]:
     }
     if log.own_engine:
         terms["total"] = terms["total"] + terms["host_weights"]
+    if not estimate.host_weights:
+        del terms["host_weights"]  # Metal maps the whole file
     return [LogRow(term, terms[term], log.measured[term]) for term in terms if term in log.measured]
 
 
@@ -106,7 +110,8 @@ def _layers_missing(question: Candidate, log: StartupLog) -> int:
 
 def _machine(log: StartupLog, gpu: str | None) -> Machine:
     if gpu:
-        return find_machine(gpu)
+        named = find_machine(gpu)
+        return replace(named, count=max(named.count, log.n_devices))
     try:
         device = find_machine(log.device_name or UNNAMED).device
     except UsageError:  # a name of the driver's that the table does not have

@@ -40,10 +40,11 @@ class ModelSpec:
         if config.get("tie_word_embeddings") or not config.get("attention_bias", True):
             raise UnsupportedError("config.json: tied embeddings or attention without bias is not gpt-oss")
         layers = _dimension(config, "num_hidden_layers", at_most=MAX_LAYERS)
+        experts = _dimension(config, "num_local_experts", at_most=MAX_EXPERTS)
         return cls(
             num_hidden_layers=layers,
-            num_local_experts=_dimension(config, "num_local_experts", at_most=MAX_EXPERTS),
-            num_experts_per_tok=_dimension(config, "num_experts_per_tok", "experts_per_token"),
+            num_local_experts=experts,
+            num_experts_per_tok=_dimension(config, "num_experts_per_tok", "experts_per_token", at_most=experts),
             hidden_size=_dimension(config, "hidden_size"),
             intermediate_size=_dimension(config, "intermediate_size"),
             num_attention_heads=_dimension(config, "num_attention_heads"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import threading
@@ -479,3 +480,25 @@ def test_what_is_neither_folder_nor_hub_id(source: str, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     with pytest.raises((UsageError, CheckpointError)):
         read_headers(source)
+
+
+@pytest.mark.parametrize(("experts", "attention"), [("bf16", "nf4"), ("mxfp4", "fp4"), ("fp4", "nf4")])
+def test_a_mixed_checkpoint_is_judged(trained: Path, experts: str, attention: str, tmp_path: Path) -> None:
+    """What a recipe of one's own made is judged by its bytes, though no built-in format is like it."""
+    recipe = f'name = "mine"\nwhy = "to test"\n[experts]\nformat = "{experts}"\n[attention]\nformat = "{attention}"\n'
+    (tmp_path / "mine.toml").write_text(recipe)
+    assert run_cli("quantize", trained, tmp_path / "out", "--recipe", tmp_path / "mine.toml").returncode == 0
+    done = run_cli("fit", "--gpu", "24GB", "--engine", "transformers", "--json", "--model", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    stored = sum(tensor.nbytes for tensor in open_checkpoint(tmp_path / "out").stored.values())
+    assert json.loads(done.stdout)["device_memory"]["weights"]["expected"] == stored
+
+
+@pytest.mark.parametrize("name", ["a[/b]c", "[red]x", "it's mine; true", ":smile:", "new\nline"])
+def test_odd_folder_names(trained: Path, name: str, tmp_path: Path) -> None:
+    """A folder's name is neither markup nor a command."""
+    shutil.copytree(trained, tmp_path / name)
+    for options in ([], ["--engine", "transformers"]):
+        done = run_cli("fit", "4090", "--model", f"./{name}", *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert name.isprintable() is False or name in done.stdout or shlex.quote(f"./{name}") in done.stdout

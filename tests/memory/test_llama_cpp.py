@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def test_measured_compute_buffers_with_experts_on_host() -> None:
     for row, term in measured("old", offloaded=True):
         assert term.low / MIB - 0.1 <= row["compute_mib"] <= term.high / MIB + 0.1, row
         if row["n_cpu_moe"] > 1:
-            assert term.expected / MIB == pytest.approx(row["compute_mib"], rel=0.25), row
+            assert term.expected / MIB == pytest.approx(row["compute_mib"], rel=0.15), row
 
 
 @pytest.mark.parametrize(
@@ -161,6 +162,22 @@ def test_measured_compute_buffers_with_experts_on_host() -> None:
 def test_compute_buffers(size: str, build: int, asked: dict[str, Any], mib: float) -> None:
     """Compute buffers of logs and of the allocator come out within 0.5 %."""
     assert compute_mib(size, build, **asked) == pytest.approx(mib, rel=0.005)
+
+
+@pytest.mark.parametrize("size", ["20b", "120b"])
+@pytest.mark.parametrize("build", [None, OLDER, 9452, NEWER])
+@pytest.mark.parametrize("n_cpu_moe", [0, 12])
+def test_buffers_never_fall(size: str, build: int | None, n_cpu_moe: int) -> None:
+    """Step by step a longer context never takes less memory in all, in any figure."""
+    engine, device = parse_engine("llama.cpp", build and f"b{build}"), find_device("4090")
+    for ubatch in (512, 1024, 2048):
+        workload = Workload(ubatch=ubatch, n_cpu_moe=n_cpu_moe)
+        totals = [
+            estimate(plan_of(size), engine, replace(workload, max_model_len=length), device).total
+            for length in range(1024, FULL + 1, 1024)
+        ]
+        for one, longer in pairwise(totals):
+            assert (one.low <= longer.low, one.expected <= longer.expected, one.high <= longer.high) == (True,) * 3
 
 
 @pytest.mark.parametrize(
@@ -212,6 +229,18 @@ def test_quantized_cache_is_copied() -> None:
     assert (quantized.expected - plain.expected, quantized.low - plain.low) == (256 * MIB, 0)
 
 
+@pytest.mark.parametrize(("ubatch", "least", "most"), [(512, 20, 150), (2048, 60, 600)])
+def test_kernel_pools(ubatch: int, least: int, most: int) -> None:
+    """Beside the driver's context kernels take tens of MiB, by the batch, and more is allowed for than expected."""
+    engine, device = parse_engine("llama.cpp"), find_device("4090")
+    overhead, driver = (
+        estimate(plan_of("20b"), engine, Workload(ubatch=ubatch), device).overhead,
+        llama_cpp.driver_context(device),
+    )
+    expected, high = overhead.expected - driver.expected, overhead.high - driver.high
+    assert least * MIB <= expected < high <= most * MIB
+
+
 def test_apple_maps_the_whole_file() -> None:
     """On Metal the mapped file is all device memory, offloaded experts too: 11536.18 MiB, nothing on the host."""
     engine, device = parse_engine("llama.cpp"), find_device("m5")
@@ -233,7 +262,7 @@ def test_host_buffers() -> None:
     """Pinned masks and embeddings are the 263.15 MiB of a log, beside the process and one token's logits."""
     engine, device = parse_engine("llama.cpp"), find_device("4090")
     needed = estimate(plan_of("20b"), engine, Workload(max_model_len=FULL), device)
-    assert (needed.host_overhead - GIB // 2) / MIB == pytest.approx(263.15 + 0.77, rel=0.005)
+    assert (needed.host_overhead - GIB // 2) / MIB == pytest.approx(263.15 + 0.77, abs=0.1)
 
 
 def test_devices_share_layers() -> None:

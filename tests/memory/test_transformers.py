@@ -47,7 +47,8 @@ def test_sequences_and_dtypes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "context", "mib"), [(512, 8192, 1702.6), (512, 32768, 6766.6), (8192, 8192, 25195), (2048, 2048, 1642.8)]
+    ("tokens", "context", "mib"),
+    [(512, 8192, 1702.6), (512, 32768, 6766.6), (8192, 8192, 25195), (2048, 2048, 1642.8), (1, 32768, 588.3)],
 )
 def test_measured_attention(tokens: int, context: int, mib: float) -> None:
     """Tensors alive at once in transformers 5.23's eager attention, counted on meta tensors, come out within 5 %."""

@@ -1,5 +1,6 @@
 """The `ossquant` command. Only this package speaks: answers on stdout, all else on stderr."""
 
+import errno
 import sys
 
 import typer
@@ -48,3 +49,8 @@ def main() -> None:
         if error.hint:
             typer.echo(f"  try: {error.hint}", err=True)
         sys.exit(next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind)))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        typer.echo("error: the disk is full, the answer is not whole", err=True)
+        sys.exit(EXIT_CODES[DoesNotFitError])

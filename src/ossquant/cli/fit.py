@@ -9,10 +9,19 @@ import typer
 from ossquant.cli import fit_json, fit_view
 from ossquant.cli.options import JsonOption
 from ossquant.errors import UsageError
-from ossquant.fit import ENGINE_FORMATS, FORMATS, Candidate, FitVerdict, candidate, cheapest, stored_format
+from ossquant.fit import (
+    ENGINE_FORMATS,
+    FORMATS,
+    Candidate,
+    FitVerdict,
+    candidate,
+    cheapest,
+    loads_stored,
+    stored_format,
+)
 from ossquant.fit import fit as judge
-from ossquant.hardware import Machine, find_machine, find_machines
-from ossquant.memory import ENGINES, Engine, Workload, foreign_options, parse_engine, workload_for
+from ossquant.hardware import MAX_COUNT, Machine, find_machine, find_machines
+from ossquant.memory import ENGINES, Engine, Workload, foreign_options, parse_engine
 from ossquant.plan import Plan
 from ossquant.spec import ModelSpec
 from ossquant.units import nearest, parse_size
@@ -71,46 +80,59 @@ def fit(
         max_num_batched_tokens=max_num_batched_tokens, gpu_memory_utilization=gpu_memory_utilization,
         n_cpu_moe=n_cpu_moe, tensor_parallel=tp, kv_unified=kv_unified, swa_full=swa_full,
     )  # fmt: skip
+    named = [*([gpu] if gpu is not None else []), *(names or [])]
     if log:
-        _hold_log(log, gpu, model, format_, workload, as_json)
+        _refuse_together("--log", {"--compare": compare, "--cheapest": cheapest_, "--engine": engine is not None})
+        _hold_log(log, named, model, engine_version, format_, workload, as_json)
         return
-    asked = _fitting(_candidates(model, engine, engine_version, format_), workload)
+    asked = _able(_candidates(model, engine, engine_version, format_), workload)
     if cheapest_:
-        _cheapest(asked, as_json)
+        _refuse_together("--cheapest", {"--compare": compare, "a GPU": bool(named), "--gpus": gpus != 1})
+        _show_cheapest(cheapest(asked, workload), as_json)
     elif compare:
-        _compare(asked, names or [], gpus, host_memory, as_json)
+        _refuse_together("--compare", {"--gpu": gpu is not None})
+        if not named:
+            raise UsageError("--compare without GPUs", hint="ossquant fit --compare 4090 5090 a100")
+        machines = [_sized(machine, gpus, host_memory) for name in named for machine in find_machines(name)]
+        _show_comparison([[judge(one, machine, workload) for one in asked] for machine in machines], as_json)
     else:
-        machine = _machine(gpu, names or [], gpus, host_memory)
-        _show([judge(one, machine, each) for one, each in asked], as_json)
+        if len(named) > 1:
+            raise UsageError("several GPUs are named", hint="ossquant fit --compare 4090 5090")
+        machine = _sized(find_machine(named[0] if named else "auto"), gpus, host_memory)
+        _show([judge(one, machine, workload) for one in asked], as_json)
 
 
-def _machine(gpu: str | None, names: list[str], gpus: int, host_memory: str | None) -> Machine:
-    if len(names) > 1 or (names and gpu):
-        raise UsageError("several GPUs are named", hint="ossquant fit --compare 4090 5090")
-    return _sized(find_machine(gpu or (names[0] if names else "auto")), gpus, host_memory)
+def _refuse_together(option: str, others: dict[str, bool]) -> None:
+    for other, given in others.items():
+        if given:
+            raise UsageError(f"{option} and {other} exclude each other", hint="leave one of them out")
 
 
 def _sized(machine: Machine, gpus: int, host_memory: str | None) -> Machine:
-    if gpus < 1 or (gpus > 1 and machine.count > 1):
+    if not 1 <= gpus <= MAX_COUNT:
+        raise UsageError(f"--gpus {gpus}", hint=f"1 to {MAX_COUNT}")
+    if gpus > 1 and machine.count > 1:
         raise UsageError(f"--gpus {gpus} of {machine.count} x {machine.device.name}", hint="say the number once")
-    host = parse_size(host_memory) if host_memory else machine.host_memory
+    host = parse_size(host_memory) if host_memory is not None else machine.host_memory
     return replace(machine, count=machine.count * gpus, host_memory=host)
 
 
 def _candidates(model: str | None, engine: str | None, version: str | None, name: str | None) -> list[Candidate]:
     """What the options name; without them every engine with the formats people load in it."""
-    if version and not engine:
+    if version is not None and engine is None:
         raise UsageError("--engine-version without --engine", hint=f"--engine {' or '.join(ENGINES)}")
-    if name and name not in FORMATS:
+    if name is not None and name not in FORMATS:
         raise UsageError(f"unknown format '{name}'", hint=nearest(name, FORMATS))
-    engines = [parse_engine(engine, version)] if engine else [parse_engine(each) for each in ENGINE_FORMATS]
+    engines = [parse_engine(engine, version)] if engine is not None else [parse_engine(each) for each in ENGINE_FORMATS]
     found = []
-    for which in [model] if model else ["20b", "120b"]:
+    for which in [model] if model is not None else ["20b", "120b"]:
         called = PUBLISHED.get(which, which)
         spec, stored = _model(which)
         for chosen in engines:
             if stored and not name:
-                found += [Candidate(called, stored_format(stored), chosen, stored)] if _loads(chosen, stored) else []
+                found += (
+                    [Candidate(called, stored_format(stored), chosen, stored)] if loads_stored(chosen, stored) else []
+                )
             else:
                 found += [candidate(called, spec, each, chosen) for each in _formats(chosen, name, bool(engine))]
     if not found:
@@ -127,12 +149,10 @@ def _formats(engine: Engine, name: str | None, all_of_them: bool) -> list[str]:
     return [each for each in known if all_of_them or (engine.name, each) not in LEFT_OUT]
 
 
-def _loads(engine: Engine, stored: Plan) -> bool:
-    return stored_format(stored) in ENGINE_FORMATS[engine.name]
-
-
 def _model(which: str) -> tuple[ModelSpec, Plan | None]:
     """A model's dimensions, and how a checkpoint stores it; of a remote one only headers are read."""
+    if not which.strip():
+        raise UsageError("--model is empty", hint="20b, 120b, a checkpoint folder or a hub id")
     if which in PUBLISHED:
         return ModelSpec.published(PUBLISHED[which]), None
     from ossquant.checkpoint.remote import read_headers
@@ -140,12 +160,16 @@ def _model(which: str) -> tuple[ModelSpec, Plan | None]:
     return read_headers(which)
 
 
-def _fitting(asked: list[Candidate], workload: Workload) -> list[tuple[Candidate, Workload]]:
-    """Each candidate with what its engine has of the workload; a lone engine must have all of it."""
-    engines = {one.engine for one in asked}
-    if len(engines) == 1 and (foreign := foreign_options(engines.pop(), workload)):
-        raise UsageError(f"{asked[0].engine.name} has no {foreign[0]}", hint="leave it out, or choose another --engine")
-    return [(one, workload_for(one.engine, workload)) for one in asked]
+def _able(asked: list[Candidate], workload: Workload) -> list[Candidate]:
+    """The candidates whose engines have every option that the workload names."""
+    able = [one for one in asked if not foreign_options(one.engine, workload)]
+    if not able:
+        engine = asked[0].engine
+        raise UsageError(
+            f"{engine.name} has no {foreign_options(engine, workload)[0]}",
+            hint="leave it out, or choose another --engine",
+        )
+    return able
 
 
 def _show(verdicts: list[FitVerdict], as_json: bool) -> None:
@@ -157,13 +181,7 @@ def _show(verdicts: list[FitVerdict], as_json: bool) -> None:
         raise typer.Exit(DOES_NOT_FIT)
 
 
-def _compare(
-    asked: list[tuple[Candidate, Workload]], names: list[str], gpus: int, host_memory: str | None, as_json: bool
-) -> None:
-    if not names:
-        raise UsageError("--compare without GPUs", hint="ossquant fit --compare 4090 5090 a100")
-    machines = [_sized(machine, gpus, host_memory) for name in names for machine in find_machines(name)]
-    columns = [[judge(one, machine, workload) for one, workload in asked] for machine in machines]
+def _show_comparison(columns: list[list[FitVerdict]], as_json: bool) -> None:
     if as_json:
         fit_json.print_comparison(columns)
     else:
@@ -172,8 +190,7 @@ def _compare(
         raise typer.Exit(DOES_NOT_FIT)
 
 
-def _cheapest(asked: list[tuple[Candidate, Workload]], as_json: bool) -> None:
-    found = cheapest(asked)
+def _show_cheapest(found: list[FitVerdict], as_json: bool) -> None:
     if as_json:
         fit_json.print_cheapest(found)
     else:
@@ -183,14 +200,17 @@ def _cheapest(asked: list[tuple[Candidate, Workload]], as_json: bool) -> None:
 
 
 def _hold_log(
-    path: Path, gpu: str | None, model: str | None, name: str | None, workload: Workload, as_json: bool
-) -> None:
+    path: Path, gpus: list[str], model: str | None, version: str | None, name: str | None, workload: Workload,
+    as_json: bool,
+) -> None:  # fmt: skip
     from ossquant.fit_log import compare_log
 
-    spec = PUBLISHED.get(model or "", model)
-    if spec not in (None, "20b", "120b"):
-        raise UsageError(f"--log with --model {model}", hint="logs are read of the 20b and the 120b")
-    comparison = compare_log(path, gpu, spec, name, workload)
+    if len(gpus) > 1:
+        raise UsageError("--log with several GPUs", hint="name the one that the log is of, 2x3090 for two")
+    spec = None if model is None else PUBLISHED.get(model)
+    if model is not None and spec is None:
+        raise UsageError(f"--log with --model '{model}'", hint="logs are read of the 20b and the 120b")
+    comparison = compare_log(path, gpus[0] if gpus else None, spec, version, name, workload)
     if as_json:
         fit_json.print_log(comparison)
     else:

@@ -27,7 +27,7 @@ def _show_table(verdicts: list[FitVerdict]) -> None:
 
     rows = [
         [
-            verdict.candidate.model,
+            _short_model(verdict),
             verdict.candidate.engine.name,
             verdict.candidate.format,
             _verdict(verdict),
@@ -70,22 +70,27 @@ def _show_one(verdict: FitVerdict) -> None:
         "total": estimate.total,
     }
     render.print_table(
-        _title(verdict),
-        (f"{chosen.model} {chosen.engine.name} {chosen.format}", "low", "expected", "high GiB", "expected GB", ""),
+        f"{_title(verdict)}\n{chosen.model} in {chosen.engine.name}, {chosen.format}",
+        ("", "low", "expected", "high GiB", "expected GB", ""),
         [[name, *_figures(term), term.basis] for name, term in terms.items()],
     )
     share = estimate.total.expected / verdict.usable
-    render.print_line(f"{_verdict(verdict)}: {render.bar(share, 30)} {share:.0%} of {size_both(verdict.usable)}, "
+    render.print_line(f"{_verdict(verdict)}: {render.bar(share, 16)} {share:.0%} of {size_both(verdict.usable)}, "
                       f"{size(verdict.headroom)} left")  # fmt: skip
     if estimate.host_weights or verdict.workload.n_cpu_layers:
         render.print_line(f"host memory: {size_both(estimate.host_total)}, {size(estimate.host_weights)} of it weights")
     render.print_line(f"longest context {verdict.longest_max_model_len:,} tokens; most sequences at "
                       f"{verdict.workload.max_model_len:,}: {verdict.most_num_seqs:,}")  # fmt: skip
     if verdict.decode:
-        render.print_line(f"decode: {_decode(verdict)} tokens/s expected{_price(verdict)}")
-    render.print_line(command(verdict) or _what_it_takes(verdict))
+        render.print_line(f"decode: {_decode(verdict)} tokens/s expected")
+    if price := verdict.usd_per_million_tokens():
+        render.print_line(f"rent: {verdict.usd_per_hour:.2f} USD an hour, {price[0]:.2f}-{price[1]:.2f} USD a million "
+                          "tokens")  # fmt: skip
+    answer = command(verdict) or _what_it_takes(verdict)
+    render.print_line(answer)
     for warning in warnings(verdict):
-        render.note(f"! {warning}")
+        if warning != answer:
+            render.note(f"! {warning}")
 
 
 def _figures(term: Term) -> list[str]:
@@ -100,9 +105,12 @@ def _figures(term: Term) -> list[str]:
 def _title(verdict: FitVerdict) -> str:
     machine, workload = verdict.machine, verdict.workload
     sequences = f", {workload.sequences} sequences" if workload.sequences > 1 else ""
-    return (
-        f"{_machine_name(verdict)}: {_memory(machine.device)}; {workload.max_model_len:,} tokens of context{sequences}"
-    )
+    return f"{_machine_name(verdict)}: {_memory(machine.device)}; {workload.max_model_len:,} tokens{sequences}"
+
+
+def _short_model(verdict: FitVerdict) -> str:
+    """The size, or nothing for a checkpoint, which the table is all about."""
+    return verdict.candidate.model if len(verdict.candidate.model) <= 4 else ""
 
 
 def _machine_name(verdict: FitVerdict) -> str:
@@ -123,13 +131,6 @@ def _verdict(verdict: FitVerdict) -> str:
 def _decode(verdict: FitVerdict) -> str:
     decode = verdict.decode
     return f"{decode.low:.0f}-{decode.high:.0f}" if decode else "-"
-
-
-def _price(verdict: FitVerdict) -> str:
-    price = verdict.usd_per_million_tokens()
-    if verdict.usd_per_hour is None or price is None:
-        return ""
-    return f"; {verdict.usd_per_hour:.2f} USD an hour, {price[0]:.2f}-{price[1]:.2f} USD a million tokens"
 
 
 def _what_it_takes(verdict: FitVerdict) -> str:
@@ -155,7 +156,7 @@ def show_comparison(columns: list[list[FitVerdict]]) -> None:
         shown = columns[begin : begin + at_once]
         rows = []
         for model in dict.fromkeys(verdict.candidate.model for verdict in shown[0]):
-            rows.append([model, *("" for _ in shown)])
+            rows.append([model if len(model) <= 4 else "", *("" for _ in shown)])
             for row in zip(*shown, strict=True):
                 chosen = row[0].candidate
                 if chosen.model == model:
@@ -186,7 +187,7 @@ def show_cheapest(verdicts: list[FitVerdict]) -> None:
     for verdict in verdicts:
         price = verdict.usd_per_million_tokens()
         rows.append([
-            verdict.candidate.model,
+            _short_model(verdict),
             f"{verdict.candidate.engine.name} {verdict.candidate.format}",
             _machine_name(verdict),
             f"{verdict.usd_per_hour:.2f}",

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -24,8 +23,16 @@ from ossquant.units import count, size, size_both
 if TYPE_CHECKING:
     from ossquant.quantize import Progress as ProgressCallback
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+NARROWEST = 80  # below it the terminal may wrap lines, but no figure is cut
+
+
+def _console(stderr: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    console.width = max(NARROWEST, console.width)
+    return console
+
+
+out, err = _console(stderr=False), _console(stderr=True)
 
 
 def print_json(value: Any) -> None:
@@ -35,7 +42,7 @@ def print_json(value: Any) -> None:
 
 def note(text: str) -> None:
     """Say a line on stderr."""
-    err.print(escape(text), soft_wrap=True)
+    err.print(text, soft_wrap=True)
 
 
 VERDICT_STYLES = {"fits": "green", "tight": "yellow", "offload": "cyan", "no": "red"}
@@ -58,12 +65,15 @@ def print_table(
         show_header=any(columns),
     )  # fmt: skip
     for index, column in enumerate(columns):
-        footer = escape(total[index]) if total else ""
-        result.add_column(column, footer, justify="left" if index < texts else "right", no_wrap=True)
+        footer = total[index] if total else ""
+        result.add_column(Text(column), Text(footer), justify="left" if index < texts else "right", no_wrap=True)
     for row in rows:
         result.add_row(*(Text(cell, VERDICT_STYLES.get(cell.partition(" ")[0], "")) for cell in row))
-    out.print(escape(title), soft_wrap=True)
-    out.print(result)
+    with out.capture() as captured:
+        out.print(title)
+        out.print(result)
+    # rich fills lines with blanks
+    out.file.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
 
 def width() -> int:
@@ -73,7 +83,7 @@ def width() -> int:
 
 def print_line(text: str) -> None:
     """Print a line on stdout, unbroken, to be copied."""
-    out.print(escape(text), soft_wrap=True)
+    out.print(text, soft_wrap=True)
 
 
 def bar(part: float, width: int) -> str:

@@ -41,13 +41,13 @@ def estimate(
 def _layers_to_host(whole: MemoryEstimate, share: float, plan: Plan) -> MemoryEstimate:
     """A layer that runs on the host takes its weights and its cache along; the output layer stays."""
     layers = plan.nbytes - plan.role_nbytes[Role.EMBEDDING] - plan.role_nbytes[Role.LM_HEAD]
-    moved, cache = int(share * layers), int(share * whole.kv_cache.expected)
+    moved = int(share * layers)
     return replace(
         whole,
         weights=whole.weights.less(moved),
-        kv_cache=whole.kv_cache.less(cache),
+        kv_cache=whole.kv_cache.scaled(1 - share),
         host_weights=whole.host_weights + moved,
-        host_overhead=whole.host_overhead + cache,
+        host_overhead=whole.host_overhead + int(share * whole.kv_cache.expected),
     )
 
 

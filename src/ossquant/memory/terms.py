@@ -32,6 +32,10 @@ class Term:
         """The same without nbytes that are known to lie elsewhere."""
         return Term(self.low - nbytes, self.expected - nbytes, self.high - nbytes, self.basis)
 
+    def scaled(self, share: float) -> "Term":
+        """A share of it."""
+        return Term(int(self.low * share), int(self.expected * share), int(self.high * share), self.basis)
+
     def times(self, factor: int) -> "Term":
         """The same on each of several devices."""
         return Term(self.low * factor, self.expected * factor, self.high * factor, self.basis)
