@@ -377,3 +377,11 @@ def test_cold() -> None:
     program = "import sys, ossquant.hardware as h; h.find_device('4090'); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert not heavy & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("text", ["7900xtx", "7900 XT", "9070xt", "rx 9060xt 16gb", "2x7900xtx"])
+def test_a_model_number_is_no_count(text: str) -> None:
+    """A 7900xtx is one Radeon, not 7900 of something."""
+    machine = find_machine(text)
+    assert machine.count == (2 if text.startswith("2x") else 1)
+    assert machine.device.vendor == "amd"

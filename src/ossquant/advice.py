@@ -91,6 +91,7 @@ def warnings(verdict: FitVerdict) -> list[str]:
         _bf16_fallback(verdict),
         _skipped_experts(verdict),
         _padding(verdict),
+        _fewer_sequences(verdict),
         _nvml(verdict),
         _host_memory(verdict),
         _metal_mmap(verdict),
@@ -130,6 +131,14 @@ def _padding(verdict: FitVerdict) -> str:
     return (
         f"at tensor parallel {split} padding and copies are {padding:.0%} of vLLM's weights." if padding >= 0.1 else ""
     )
+
+
+def _fewer_sequences(verdict: FitVerdict) -> str:
+    if verdict.candidate.engine.name != "vllm" or verdict.workload.max_num_seqs or verdict.verdict == "fits":
+        return ""
+    if not verdict.most_num_seqs:
+        return ""
+    return f"--max-num-seqs {verdict.most_num_seqs} fits: without it vLLM keeps logits for 256 or 1024 sequences."
 
 
 def _nvml(verdict: FitVerdict) -> str:

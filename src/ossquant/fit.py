@@ -214,10 +214,14 @@ def _devices_used(candidate: Candidate, machine: Machine, workload: Workload) ->
 
 def _obstacle(candidate: Candidate, machine: Machine, workload: Workload) -> str:
     """Why the machine cannot run the candidate at all; empty if it can."""
-    if candidate.engine.name != "vllm":
+    engine, device = candidate.engine.name, machine.device
+    kernels = device.mxfp4_kernels.get("llama.cpp" if engine == "ollama" else engine)
+    if kernels is False and engine != "transformers":
+        return f"{engine} has no kernels for gpt-oss on {device.arch}"
+    if engine != "vllm":
         return ""
-    if machine.device.mxfp4_kernels.get("vllm") is False:
-        return f"vLLM has no kernels for gpt-oss on {machine.device.arch}"
+    if device.vendor == "apple":
+        return "vLLM itself does not run on Apple's GPUs"
     heads, split = candidate.plan.spec.num_attention_heads, workload.tensor_parallel or machine.count
     if heads % split:
         return f"vLLM cannot split {heads} attention heads over {split} GPUs; --tp says over how many"

@@ -83,16 +83,21 @@ def find_machine(text: str) -> Machine:
     """
     if text.strip().lower() == "auto":
         return machine_of(gpus(), available_host_memory())
-    counted = _COUNTED.fullmatch(text)
+    counted = _counted(text)
     count, name = (int(counted[1]), counted[2]) if counted else (1, text)
     if not 1 <= count <= MAX_COUNT:
         raise UsageError(f"'{text}' is {count} devices", hint=f"1 to {MAX_COUNT} can be counted on")
     return Machine(find_device(name), count, None)
 
 
+def _counted(text: str) -> re.Match[str] | None:
+    # a 7900xtx is a device, not 7900 of them
+    return None if matching_devices(text) else _COUNTED.fullmatch(text)
+
+
 def find_machines(text: str) -> tuple[Machine, ...]:
     """The same, and for a name that several devices share all of them."""
-    counted = _COUNTED.fullmatch(text)
+    counted = _counted(text)
     shared = matching_devices(counted[2] if counted else text)
     if len(shared) < 2:
         return (find_machine(text),)

@@ -111,7 +111,9 @@ class _Buffers:
         if self.copied:
             moe = 3 if self.expert > self.copied / 4.4 else 2
             experts = self.mask + self.copied + self.queries + 2 * self.hidden + moe * self.expert
-            return exact(max(experts, self.mask + self._layer(), logits)).times(count)
+            # one layer's copies may find room elsewhere
+            least = max(self.mask + self._layer(), logits)
+            return band(least, max(experts, least), max(experts, least), "measured").times(count)
         if count == 1:
             return exact(max(self.mask + self._layer(), logits))
         copies = _PIPELINE_COPIES * (self.mask + self.hidden)
@@ -132,7 +134,7 @@ def _metal_scratch(plan: Plan, tokens: int, context: int) -> int:
 
 
 def _ubatch(workload: Workload) -> int:
-    return min(workload.ubatch or DEFAULT_UBATCH, workload.max_model_len * workload.sequences)
+    return min(workload.ubatch or DEFAULT_UBATCH, workload.max_model_len * _streams(workload))
 
 
 def _streams(workload: Workload) -> int:

@@ -29,8 +29,8 @@ def estimate(
         )
         whole = replace(
             usual,
-            kv_cache=band(small.kv_cache.low, usual.kv_cache.expected, large.kv_cache.high, "measured"),
-            compute=band(small.compute.low, usual.compute.expected, large.compute.high, "measured"),
+            kv_cache=_between(small.kv_cache, usual.kv_cache, large.kv_cache),
+            compute=_between(small.compute, usual.compute, large.compute),
         )
     else:
         whole = llama_cpp.estimate(plan, replace(workload, ubatch=_OWN_BATCH), device, count, build=None)
@@ -49,6 +49,10 @@ def _layers_to_host(whole: MemoryEstimate, share: float, plan: Plan) -> MemoryEs
         host_weights=whole.host_weights + moved,
         host_overhead=whole.host_overhead + int(share * whole.kv_cache.expected),
     )
+
+
+def _between(small: Term, usual: Term, large: Term) -> Term:
+    return usual if small == large else band(small.low, usual.expected, large.high, "measured")
 
 
 def _ubatches(workload: Workload) -> tuple[int, int, int]:
