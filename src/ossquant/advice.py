@@ -92,6 +92,7 @@ def warnings(verdict: FitVerdict) -> list[str]:
         _skipped_experts(verdict),
         _padding(verdict),
         _fewer_sequences(verdict),
+        _int4(verdict),
         _nvml(verdict),
         _host_memory(verdict),
         _metal_mmap(verdict),
@@ -131,6 +132,13 @@ def _padding(verdict: FitVerdict) -> str:
     return (
         f"at tensor parallel {split} padding and copies are {padding:.0%} of vLLM's weights." if padding >= 0.1 else ""
     )
+
+
+def _int4(verdict: FitVerdict) -> str:
+    if verdict.candidate.format != "int4":
+        return ""
+    # by the source of vLLM 0.32, whose Marlin asks for hidden sizes that 128 divides
+    return "vLLM 0.32 refuses its fast INT4 kernels for gpt-oss; others may leave out expert biases: compare logits."
 
 
 def _fewer_sequences(verdict: FitVerdict) -> str:

@@ -225,6 +225,8 @@ def _obstacle(candidate: Candidate, machine: Machine, workload: Workload) -> str
     heads, split = candidate.plan.spec.num_attention_heads, workload.tensor_parallel or machine.count
     if heads % split:
         return f"vLLM cannot split {heads} attention heads over {split} GPUs; --tp says over how many"
+    if candidate.format == "int4" and candidate.plan.spec.intermediate_size // split % 32:
+        return f"vLLM cannot split int4 groups of 32 over {split} GPUs; --tp 2 or 1"
     if split > machine.count:
         return f"--tp {split} needs {split} GPUs, there are {machine.count}"
     return ""

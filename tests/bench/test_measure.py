@@ -11,12 +11,13 @@ from ossquant.errors import UsageError
 def test_rates_agree_with_the_clock(quantized: dict[str, Path]) -> None:
     """What the runs took together is what the wall clock saw, and the rates follow from them."""
     model, _ = load_model(quantized["hybrid"])
+    measure(model, prompt_tokens=32, new_tokens=8, runs=1)  # the first call of a process compiles
     started = time.perf_counter()
     result = measure(model, prompt_tokens=32, new_tokens=8, runs=4)
     elapsed = time.perf_counter() - started
     counted = sum(run.ttft + run.decode for run in result.runs)
     assert len(result.runs) == 4
-    assert 0.5 * elapsed < counted < elapsed  # the rest is the run that warms up
+    assert 0.5 * elapsed < counted < 0.95 * elapsed  # the rest is the run that warms up
     assert result.prefill_tokens_per_second == pytest.approx(32 / result.ttft)
     assert min(7 / run.decode for run in result.runs) <= result.decode_tokens_per_second
     assert result.peak_host_bytes > 10**8  # torch alone is more
