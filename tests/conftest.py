@@ -11,7 +11,7 @@ from ossquant.recipe import built_in
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ROOT / "tests/data/tiny"
-SCHEMES = ("hybrid", "nf4", "fp4", "bf16")
+SCHEMES = ("hybrid", "nf4", "fp4", "mxfp4", "int4", "bf16")
 
 sys.path.insert(0, str(ROOT / "scripts"))
 

@@ -10,12 +10,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ossquant.checkpoint.manifest import MANIFEST
 from ossquant.checkpoint.reader import INDEX, open_checkpoint
 from ossquant.checkpoint.writer import plan_shards
 from ossquant.codec import mxfp4
 from ossquant.errors import CheckpointError, UnsupportedError
 from ossquant.layout import Role
-from ossquant.quantize import quantize
+from ossquant.quantize import compressed_tensors_config, quantize
 from ossquant.recipe import BUILT_IN, Recipe, built_in
 from ossquant.scheme import ITEMSIZE, Scheme
 
@@ -23,7 +24,6 @@ FINEST = dict.fromkeys((Role.EXPERTS, Role.ATTENTION), Scheme("nf4", 32, double_
 MIXED = {Role.EXPERTS: Scheme("fp4", 32), Role.ATTENTION: Scheme("nf4", 64, double_quant=False)}
 RECIPES = {
     **BUILT_IN,
-    "mxfp4": Recipe("mxfp4", "as published", {Role.EXPERTS: Scheme("mxfp4")}),
     "nf4-single": built_in("nf4").with_double_quant(False),
     "nf4-finest": Recipe("nf4-finest", "", FINEST),
     "mixed": Recipe("mixed", "", MIXED),
@@ -150,10 +150,10 @@ def test_side_files(trained: Path, quantized: dict[str, Path], name: str) -> Non
     for file in beside - {"README.md"}:
         assert (quantized[name] / file).read_bytes() == (trained / file).read_bytes()
     found = {path.name for path in quantized[name].iterdir() if path.suffix != ".safetensors"}
-    assert found == beside - {"README.md"} | {"config.json", INDEX}
+    assert found == beside - {"README.md"} | {"config.json", INDEX, MANIFEST}
 
 
-@pytest.mark.parametrize("name", [*BUILT_IN, "mxfp4"])
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_config(trained: Path, name: str, tmp_path: Path) -> None:
     """config.json keeps every key but quantization_config, which says what the weights now are."""
     quantize(trained, tmp_path / "out", RECIPES[name])
@@ -168,6 +168,7 @@ def test_config(trained: Path, name: str, tmp_path: Path) -> None:
         "nf4": {"quant_method": "ossquant", "format_version": 1, "experts": nf4, "attention": nf4},
         "fp4": {"quant_method": "ossquant", "format_version": 1, "experts": nf4, "attention": nf4},
         "bf16": None,
+        "int4": compressed_tensors_config(),
         "mxfp4": {"quant_method": "mxfp4", "modules_to_not_convert": [
             "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]},
     }[name]  # fmt: skip

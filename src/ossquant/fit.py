@@ -19,7 +19,7 @@ from ossquant.units import GIB, size_both
 
 Verdict = Literal["fits", "tight", "offload", "no"]
 _BEST_FIRST: tuple[Verdict, ...] = ("fits", "tight", "offload", "no")
-FORMATS: dict[str, Recipe] = SERVED | BUILT_IN
+FORMATS: dict[str, Recipe] = BUILT_IN | SERVED
 # what each engine loads, best first
 ENGINE_FORMATS: dict[str, tuple[str, ...]] = {
     "llama.cpp": ("gguf-q8", "gguf-bf16"),

@@ -6,6 +6,7 @@ checkpoint stores in their place; a Scheme says which stored tensors those are.
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from math import prod
 
 from ossquant.spec import ModelSpec
@@ -38,6 +39,7 @@ class TensorInfo:
         return prod(self.shape)
 
 
+@cache
 def tensors(spec: ModelSpec) -> tuple[TensorInfo, ...]:
     """List the tensors in the order a forward pass meets them."""
     vocab, hidden = spec.vocab_size, spec.hidden_size

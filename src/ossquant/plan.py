@@ -10,6 +10,8 @@ from ossquant.recipe import BF16, Recipe
 from ossquant.scheme import BLOCK_SIZES, BNB_FORMATS, Scheme, StoredTensor, expert_name
 from ossquant.spec import ModelSpec
 
+QUANTIZED = (Role.EXPERTS, Role.ATTENTION, Role.LM_HEAD)  # roles that may have a scheme other than bf16
+
 
 @dataclass(frozen=True)
 class TensorPlan:
@@ -28,7 +30,7 @@ class TensorPlan:
             return tuple(part for e in range(shape[0]) for part in self.scheme.stored(expert_name(name, e), shape[1:]))
         return self.scheme.stored(name, shape)
 
-    @cached_property
+    @property
     def nbytes(self) -> int:
         """Bytes of its stored tensors."""
         return self.scheme.nbytes(self.tensor.shape)
@@ -81,6 +83,11 @@ class Plan:
         return totals
 
     @cached_property
+    def has_bnb(self) -> bool:
+        """Whether anything is stored as bitsandbytes has it, so that our own loader must read it."""
+        return any(self.scheme(role).is_bnb for role in QUANTIZED)
+
+    @cached_property
     def role_parameters(self) -> Mapping[Role, int]:
         """Parameters of each role's tensors."""
         totals = dict.fromkeys(Role, 0)
@@ -127,7 +134,7 @@ def read_plan(spec: ModelSpec, stored: Mapping[str, StoredTensor]) -> Plan:
 
     Raises CheckpointError for a tensor that is missing, unexpected or of another shape or dtype.
     """
-    recipe = Recipe("as stored", "", {role: _detect(spec, stored, role) for role in (Role.EXPERTS, Role.ATTENTION)})
+    recipe = Recipe("as stored", "", {role: _detect(spec, stored, role) for role in QUANTIZED})
     plan = make_plan(spec, recipe)
     expected = set()
     for entry in plan.tensors:
@@ -168,6 +175,8 @@ def _detect(spec: ModelSpec, stored: Mapping[str, StoredTensor], role: Role) -> 
     for quant_type in BNB_FORMATS:
         if f"{name}.quant_state.bitsandbytes__{quant_type}" in stored:
             return _detect_bnb(quant_type, tensor, name, stored)
+    if role is Role.EXPERTS and Scheme("int4").stored(tensor.name, tensor.shape)[0].name in stored:
+        return Scheme("int4")
     if tensor.name in stored:
         if stored[tensor.name].dtype not in ("BF16", "U8"):
             raise UnsupportedError(
@@ -176,7 +185,7 @@ def _detect(spec: ModelSpec, stored: Mapping[str, StoredTensor], role: Role) -> 
             )
         return BF16
     raise CheckpointError(
-        f"no '{tensor.name}' in any form ossquant knows (bf16, MXFP4, NF4, FP4)",
+        f"no '{tensor.name}' in any form ossquant knows (bf16, MXFP4, NF4, FP4, INT4)",
         hint="fetch the checkpoint again; original/ and metal/ layouts are not supported",
     )
 

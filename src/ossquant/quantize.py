@@ -5,7 +5,9 @@ is bounded by threads times a piece, whatever the model, and the disk and the co
 """
 
 import hashlib
+import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -18,17 +20,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ossquant.checkpoint.manifest import MANIFEST, make_manifest
 from ossquant.checkpoint.reader import INDEX, SIDE_SUFFIXES, Checkpoint, open_checkpoint
 from ossquant.checkpoint.writer import CheckpointWriter, plan_shards
+from ossquant.codec import bnb4, mxfp4
 from ossquant.codec.recode import Matrix, Mxfp4Matrix, recode
 from ossquant.errors import CheckpointError, UnsupportedError, UsageError
 from ossquant.layout import Role
-from ossquant.plan import Plan, TensorPlan, make_plan
-from ossquant.recipe import Recipe
-from ossquant.scheme import Scheme, StoredTensor
+from ossquant.plan import QUANTIZED, Plan, TensorPlan, make_plan
+from ossquant.recipe import BF16, Recipe
+from ossquant.scheme import INT4_GROUP, Scheme, StoredTensor
 
 DEFAULT_SHARD_SIZE = 5 * 10**9  # as the hub's tools split
 COPY_BYTES = 8 * 2**20
+WEIGHTS_AT_ONCE = 8 * 2**20  # of a matrix that is no expert
+STACKED = ("bf16", "mxfp4")  # formats that keep all experts of a layer in one tensor
 MAX_THREADS = 8  # past this the disk, not the codec, sets the pace
 
 # bytes of the source done so far, of how many
@@ -37,7 +43,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What was done: plans of source and result, and what it took."""
+    """What was done: plans of source and result, and what it took.
+
+    mxfp4_error is what rounding bf16 experts to MXFP4 lost, a relative Frobenius norm, 0.0 if they were MXFP4
+    values already; None if none were rounded in this run.
+    """
 
     source: Plan
     result: Plan
@@ -46,6 +56,7 @@ class QuantizeReport:
     resumed: bool
     seconds: float
     cpu_seconds: float
+    mxfp4_error: float | None
 
     @property
     def bytes_per_second(self) -> float:
@@ -74,8 +85,13 @@ def quantize(
         shards = plan_shards(plan, max_shard_size)
         with CheckpointWriter(output, shards, _identity(checkpoint), force=force) as writer:
             resumed = not all(writer.needs(shard.placed[0].tensor.name) for shard in shards)
-            _run(_jobs(checkpoint, plan, writer), checkpoint.plan.nbytes, progress)
-            writer.commit(output_config(checkpoint.config, plan), plan.nbytes, side_files(checkpoint.folder))
+            loss = _Loss()
+            _run(_jobs(checkpoint, plan, writer, loss), checkpoint.plan.nbytes, progress)
+            name = checkpoint.folder.name if Path(source).is_dir() else str(source)
+            manifest = make_manifest(checkpoint, name, recipe.name, plan, writer.tensors)
+            writer.commit(
+                output_config(checkpoint.config, plan), plan.nbytes, side_files(checkpoint.folder), manifest.to_json()
+            )
         return QuantizeReport(
             source=checkpoint.plan,
             result=plan,
@@ -84,14 +100,15 @@ def quantize(
             resumed=resumed,
             seconds=time.monotonic() - started,
             cpu_seconds=time.process_time() - cpu_started,
+            mxfp4_error=loss.relative,
         )
 
 
 def plan_quantize(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
-    """The plan of the result. Raises UnsupportedError if the source is quantized by bitsandbytes already."""
+    """The plan of the result. Raises UnsupportedError if the source is quantized to NF4, FP4 or INT4 already."""
     for total in checkpoint.plan.by_role():
         wanted = recipe.scheme(total.role)
-        if total.scheme.is_bnb and wanted != total.scheme:
+        if total.scheme.format not in ("bf16", "mxfp4") and wanted != total.scheme:
             raise UnsupportedError(
                 f"{checkpoint.folder}: its {total.role} are {total.scheme.format} already",
                 hint="quantize from the published or the bf16 checkpoint it was made of",
@@ -106,9 +123,11 @@ def output_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     checkpoint instead of loading random weights.
     """
     result = {key: value for key, value in config.items() if key != "quantization_config"}
-    experts, attention = plan.scheme(Role.EXPERTS), plan.scheme(Role.ATTENTION)
-    if attention.is_bnb or experts.is_bnb:
-        result["quantization_config"] = quantization_config(experts, attention)
+    experts = plan.scheme(Role.EXPERTS)
+    if plan.has_bnb:
+        result["quantization_config"] = quantization_config(*(plan.scheme(role) for role in QUANTIZED))
+    elif experts.format == "int4":
+        result["quantization_config"] = compressed_tensors_config()
     elif experts.format == "mxfp4":
         result["quantization_config"] = {
             "quant_method": "mxfp4",
@@ -118,14 +137,37 @@ def output_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     return result
 
 
-def quantization_config(experts: Scheme, attention: Scheme) -> dict[str, Any]:
-    """The quantization_config of a checkpoint of ours."""
+def compressed_tensors_config() -> dict[str, Any]:
+    """The quantization_config of INT4 experts as vLLM asks for it.
+
+    vLLM 0.32 calls attention `attn` by the time it looks at `ignore`, and does not translate patterns.
+    Source: compressed-tensors 0.20.
+    """
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": INT4_GROUP,
+               "dynamic": False, "actorder": None, "block_structure": None, "observer": "minmax",
+               "observer_kwargs": {}}  # fmt: skip
+    group = {"targets": ["Linear"], "format": "pack-quantized", "input_activations": None,
+             "output_activations": None, "weights": weights}  # fmt: skip
     return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "config_groups": {"group_0": group},
+        "ignore": ["re:.*attn.*", "re:.*router.*", "re:.*embed.*", "lm_head"],
+    }
+
+
+def quantization_config(experts: Scheme, attention: Scheme, lm_head: Scheme = BF16) -> dict[str, Any]:
+    """The quantization_config of a checkpoint of ours."""
+    config = {
         "quant_method": "ossquant",
         "format_version": 1,
         "experts": scheme_table(experts),
         "attention": scheme_table(attention),
     }
+    return config if lm_head == BF16 else config | {"lm_head": scheme_table(lm_head)}
 
 
 def scheme_table(scheme: Scheme) -> dict[str, Any]:
@@ -138,7 +180,7 @@ def scheme_table(scheme: Scheme) -> dict[str, Any]:
 
 def side_files(folder: Path) -> list[Path]:
     """What stands beside the weights and is copied verbatim: generation config, tokenizer, chat template."""
-    replaced = {"config.json", INDEX}
+    replaced = {"config.json", INDEX, MANIFEST}
     return sorted(
         path
         for path in folder.iterdir()
@@ -166,7 +208,24 @@ class _Job:
     run: Callable[[], None]
 
 
-def _jobs(checkpoint: Checkpoint, plan: Plan, writer: CheckpointWriter) -> Iterator[_Job]:
+class _Loss:
+    """Adds up, from any thread, what rounding to MXFP4 lost."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._error = self._norm = 0.0
+
+    def add(self, error: float, norm: float) -> None:
+        with self._lock:
+            self._error += error
+            self._norm += norm
+
+    @property
+    def relative(self) -> float | None:
+        return math.sqrt(self._error / self._norm) if self._norm else None
+
+
+def _jobs(checkpoint: Checkpoint, plan: Plan, writer: CheckpointWriter, loss: _Loss) -> Iterator[_Job]:
     """List the pieces in the plan's order; those of finished files count, but do nothing."""
     for old, new in zip(checkpoint.plan.tensors, plan.tensors, strict=True):
         if not any(writer.needs(part.name) for part in new.stored):
@@ -175,10 +234,12 @@ def _jobs(checkpoint: Checkpoint, plan: Plan, writer: CheckpointWriter) -> Itera
             yield from _copies(checkpoint, new, writer)
         elif new.tensor.role is Role.EXPERT_BIAS:
             yield _Job(old.nbytes, partial(_split_bias, checkpoint, old, new, writer))
+        elif new.tensor.numel > WEIGHTS_AT_ONCE and len(new.tensor.shape) == 2:
+            yield from _LargeMatrix(checkpoint, old, new, writer).jobs()
         else:
             experts = range(new.tensor.shape[0]) if new.tensor.role is Role.EXPERTS else [None]
             for expert in experts:
-                job = partial(_convert, checkpoint, old, new.scheme, expert, writer)
+                job = partial(_convert, checkpoint, old, new.scheme, expert, writer, loss)
                 yield _Job(old.nbytes // len(experts), job)
 
 
@@ -196,7 +257,7 @@ def _copy(checkpoint: Checkpoint, name: str, offset: int, nbytes: int, writer: C
     if writer.needs(name):
         buffer = memoryview(bytearray(nbytes))
         checkpoint.read_into(name, buffer, offset)
-        writer.write(name, buffer, offset)
+        writer.write(name, buffer, offset, piece=COPY_BYTES)
 
 
 def _copy_state(checkpoint: Checkpoint, part: StoredTensor, writer: CheckpointWriter) -> None:
@@ -212,14 +273,51 @@ def _copy_state(checkpoint: Checkpoint, part: StoredTensor, writer: CheckpointWr
 
 
 def _convert(
-    checkpoint: Checkpoint, old: TensorPlan, scheme: Scheme, expert: int | None, writer: CheckpointWriter
+    checkpoint: Checkpoint, old: TensorPlan, scheme: Scheme, expert: int | None, writer: CheckpointWriter, loss: _Loss
 ) -> None:
-    parts = recode(read_matrix(checkpoint, old, expert), scheme, old.tensor.name, expert)
-    stacked = expert is not None and not scheme.is_bnb
+    source = read_matrix(checkpoint, old, expert)
+    parts = recode(source, scheme, old.tensor.name, expert)
+    if scheme.format == "mxfp4" and not isinstance(source, Mxfp4Matrix):
+        loss.add(*mxfp4.squared_error(source, *parts.values()))
+    stacked = expert is not None and scheme.format in STACKED
     for name, part in parts.items():
         if writer.needs(name):
             offset = (expert or 0) * part.nbytes if stacked else 0
-            writer.write(name, _bytes(part), offset)
+            writer.write(name, _bytes(part), offset, piece=part.nbytes)
+
+
+class _LargeMatrix:
+    """A matrix that is coded some rows at a time: the codes are written as they come, the statistics at the end."""
+
+    def __init__(self, checkpoint: Checkpoint, old: TensorPlan, new: TensorPlan, writer: CheckpointWriter) -> None:
+        self.checkpoint, self.old, self.new, self.writer = checkpoint, old, new, writer
+        self.rows, self.columns = new.tensor.shape
+        self.at_once = max(1, WEIGHTS_AT_ONCE // self.columns)
+        self.absmax = np.empty(new.tensor.numel // new.scheme.block_size, np.float32)
+        self.left = -(-self.rows // self.at_once)
+        self.lock = threading.Lock()
+
+    def jobs(self) -> Iterator[_Job]:
+        for first in range(0, self.rows, self.at_once):
+            rows = min(self.at_once, self.rows - first)
+            yield _Job(2 * rows * self.columns, partial(self._convert, first, rows))
+
+    def _convert(self, first: int, rows: int) -> None:
+        name, scheme = self.new.tensor.name, self.new.scheme
+        bits = np.empty((rows, self.columns), np.uint16)
+        self.checkpoint.read_into(name, _bytes(bits), 2 * first * self.columns)
+        codes, absmax = bnb4.encode(bits, scheme, name)
+        blocks = self.columns // scheme.block_size
+        self.absmax[first * blocks : (first + rows) * blocks] = absmax
+        if self.writer.needs(name):
+            self.writer.write(name, _bytes(codes), first * self.columns // 2, piece=self.at_once * self.columns // 2)
+        with self.lock:
+            self.left -= 1
+            last = not self.left
+        if last:
+            for suffix, part in bnb4.statistics(self.absmax, scheme, (self.rows, self.columns), name).items():
+                if self.writer.needs(name + suffix):
+                    self.writer.write(name + suffix, _bytes(part))
 
 
 def _split_bias(checkpoint: Checkpoint, old: TensorPlan, new: TensorPlan, writer: CheckpointWriter) -> None:

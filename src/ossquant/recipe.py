@@ -18,9 +18,9 @@ F32 = Scheme("f32")
 CHOICES: Mapping[Role, tuple[str, ...]] = MappingProxyType(
     {
         Role.ATTENTION: ("bf16", *BNB_FORMATS),
-        Role.EXPERTS: ("bf16", "mxfp4", *BNB_FORMATS),
+        Role.EXPERTS: ("bf16", "mxfp4", "int4", *BNB_FORMATS),
         Role.EMBEDDING: ("bf16",),
-        Role.LM_HEAD: ("bf16",),
+        Role.LM_HEAD: ("bf16", *BNB_FORMATS),
     }
 )
 
@@ -61,6 +61,10 @@ BUILT_IN = {
                  "all that is large becomes bitsandbytes' NF4, for LoRA and stacks without MXFP4"),
         _uniform("fp4", "fp4", "fp4", "experts off by 8 %",
                  "all that is large becomes bitsandbytes' FP4, where FP4 is asked for"),
+        _uniform("mxfp4", "mxfp4", "bf16", "exact where the experts are MXFP4 values already",
+                 "the published layout, which every server loads: the way back for a bf16 fine-tune"),
+        _uniform("int4", "int4", "bf16", "experts off by 10 %",
+                 "group-wise INT4 (32, symmetric) in compressed-tensors' form, for vLLM; bitsandbytes has no INT4"),
         _uniform("bf16", "bf16", "bf16", "exact",
                  "nothing in 4 bits, the layout that transformers writes, for training and export"),
     )
@@ -79,8 +83,6 @@ def _gguf(name: str, dense: str, why: str) -> Recipe:
 SERVED = {
     recipe.name: recipe
     for recipe in (
-        Recipe("mxfp4", "as OpenAI publishes it", {Role.EXPERTS: Scheme("mxfp4")}),
-        Recipe("int4", "group-wise INT4 (32, symmetric) experts as vLLM reads them", {Role.EXPERTS: Scheme("int4")}),
         _gguf("gguf-q8", "q8_0", "the GGUF that most people download: MXFP4 experts, the rest q8_0"),
         _gguf("gguf-bf16", "bf16", "the GGUF that Ollama ships: MXFP4 experts, the rest bf16"),
     )
@@ -89,12 +91,6 @@ SERVED = {
 
 def built_in(name: str) -> Recipe:
     """Find a recipe by its scheme name. Raises UsageError naming the nearest."""
-    if name == "int4":
-        raise UsageError(
-            "int4 is not made yet",
-            hint="bitsandbytes has no INT4; it will be group-wise (32, symmetric) compressed-tensors for vLLM; "
-            "until then use nf4 or hybrid",
-        )
     if name not in BUILT_IN:
         raise UsageError(f"unknown scheme '{name}'", hint=nearest(name, BUILT_IN))
     return BUILT_IN[name]
@@ -126,6 +122,12 @@ def parse_recipe(table: Mapping[str, Any], where: str) -> Recipe:
         raise UsageError(
             f"{where}: experts in {recipe.scheme(Role.EXPERTS).format} need attention in nf4 or fp4",
             hint='add [attention] format = "nf4"',
+        )
+    others = (recipe.scheme(Role.ATTENTION), recipe.scheme(Role.LM_HEAD))
+    if recipe.scheme(Role.EXPERTS).format == "int4" and any(scheme.is_bnb for scheme in others):
+        raise UsageError(
+            f"{where}: int4 experts are for vLLM, which loads no nf4 or fp4 beside them",
+            hint="leave attention and lm_head in bf16",
         )
     return recipe
 

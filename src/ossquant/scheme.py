@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 from ossquant.errors import UnsupportedError
@@ -83,6 +84,9 @@ class Scheme:
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of the stored tensors of a weight."""
+        return _nbytes(self, shape)
+
+    def _sum(self, shape: tuple[int, ...]) -> int:
         if self.is_bnb and len(shape) == 3:
             return shape[0] * self.nbytes(shape[1:])
         if self.format == "int4" and shape[0] > 1:
@@ -127,6 +131,11 @@ class Scheme:
         return text.encode().ljust(len(text) + padding)
 
 
+@cache
+def _nbytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
+    return scheme._sum(shape)
+
+
 def expert_name(name: str, expert: int) -> str:
     """Name one expert's matrix or bias: `gate_up_proj` of expert 3 is `gate_up_projs.3.weight`."""
     kind = "bias" if name.endswith("_bias") else "weight"
@@ -136,12 +145,17 @@ def expert_name(name: str, expert: int) -> str:
 _BLOCKS = {"bf16": 1, "f32": 1, "mxfp4": MXFP4_BLOCK, "int4": INT4_GROUP, "q8_0": GGML_BLOCKS["Q8_0"][0]}
 
 
-def _int4(name: str, shape: tuple[int, ...]) -> tuple[StoredTensor, ...]:
+def int4_prefix(name: str, expert: int) -> str:
+    """Begin the names of one expert's parts as vLLM reads them: `gate_up_proj` of expert 3 is `3.w13`."""
     experts, projection = name.rpartition(".")[::2]
     matrix = {"gate_up_proj": "w13", "down_proj": "w2"}.get(projection, projection)
+    return f"{experts}.{expert}.{matrix}"
+
+
+def _int4(name: str, shape: tuple[int, ...]) -> tuple[StoredTensor, ...]:
     packed, groups = (shape[1], shape[2] // 8), (shape[1], shape[2] // INT4_GROUP)
     return tuple(
-        StoredTensor(f"{experts}.{expert}.{matrix}_weight_{part}", dtype, dims)
+        StoredTensor(f"{int4_prefix(name, expert)}_weight_{part}", dtype, dims)
         for expert in range(shape[0])
         for part, dtype, dims in (("packed", "I32", packed), ("scale", "BF16", groups))
     )

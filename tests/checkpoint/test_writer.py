@@ -294,7 +294,7 @@ def test_too_small_a_disk(source: Path, disk: Callable[[int], Path]) -> None:
 
 def test_disk_fills_up(source: Path, whole: dict[str, bytes], disk: Callable[[int], Path]) -> None:
     """A disk that fills up while weights are written leaves nothing that looks whole; with space again, it goes on."""
-    folder = disk(sum(shard.nbytes for shard in shards_of(source)) + 2**16)
+    folder = disk(sum(shard.nbytes for shard in shards_of(source)) + 2**20)
 
     def fill(done: int, total: int) -> None:
         try:

@@ -104,11 +104,27 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             f"{folder}: an unfinished job, not a checkpoint",
             hint="run its `ossquant quantize` again to finish it",
         )
+    _refuse_strangers(folder)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json", hint="a checkpoint is a folder with config.json")
     config = read_json(folder / "config.json")
     ModelSpec.from_config(config)
     return Checkpoint(folder, config, _locate(folder))
+
+
+def _refuse_strangers(folder: Path) -> None:
+    """Refuse links out of the folder; the hub's cache links to the blobs beside its snapshots."""
+    allowed = [
+        folder.resolve(),
+        *([folder.resolve().parent.parent / "blobs"] if folder.parent.name == "snapshots" else []),
+    ]
+    for path in folder.iterdir():
+        if path.is_symlink() and path.suffix in CHECKPOINT_SUFFIXES:
+            target = path.resolve()
+            if not any(place in target.parents for place in allowed):
+                raise CheckpointError(
+                    f"{path.name}: a link out of its folder", hint="copy the file there if you trust it"
+                )
 
 
 def _locate(folder: Path) -> dict[str, Location]:

@@ -1,8 +1,8 @@
 """Write a checkpoint into a folder so that it appears whole or not at all.
 
 Every byte's place is known beforehand. Shards grow under a `.partial` name and in any order of pieces; a
-journal, ossquant-job.json, lists those that are done. When all are, they get their names, then the index,
-then config.json: without it no reader takes the folder for a checkpoint.
+journal, ossquant-job.json, lists those that are done, with a hash of each tensor. When all are, they get their
+names, then the index and the manifest, then config.json: without it no reader takes the folder for a checkpoint.
 """
 
 import fcntl
@@ -18,7 +18,8 @@ from types import TracebackType
 from typing import Any
 
 from ossquant.checkpoint.header import Placed, build_header
-from ossquant.checkpoint.reader import CHECKPOINT_SUFFIXES, INDEX, JOB, SINGLE
+from ossquant.checkpoint.manifest import MANIFEST, TensorEntry, TensorHash, hash_tensors
+from ossquant.checkpoint.reader import CHECKPOINT_SUFFIXES, INDEX, JOB, SINGLE, Checkpoint, Location
 from ossquant.errors import CheckpointError, DoesNotFitError, UsageError
 from ossquant.plan import Plan
 from ossquant.scheme import ITEMSIZE, StoredTensor
@@ -82,7 +83,9 @@ class CheckpointWriter:
         self._lock = threading.Lock()
         self._places = {placed.tensor.name: (shard, placed) for shard in shards for placed in shard.placed}
         self._files: dict[str, int] = {}
-        self._done: set[str] = set()
+        self._done: dict[str, dict[str, TensorEntry]] = {}  # the tensors of each finished shard
+        self._hashes: dict[str, TensorHash] = {}
+        self._pieces: dict[str, int] = {}
         self._committing = False
         self._left = {shard.name: sum(p.tensor.nbytes for p in shard.placed) for shard in shards}
 
@@ -107,9 +110,18 @@ class CheckpointWriter:
         """Whether a tensor's file is still to be written."""
         return self._places[name][0].name not in self._done
 
-    def write(self, name: str, data: memoryview, offset: int = 0) -> None:
-        """Write a piece of a tensor, each byte once. Raises DoesNotFitError when the disk is full."""
+    @property
+    def tensors(self) -> dict[str, TensorEntry]:
+        """Every tensor of the finished shards, with its hash."""
+        return {name: entry for entries in self._done.values() for name, entry in entries.items()}
+
+    def write(self, name: str, data: memoryview, offset: int = 0, piece: int = 0) -> None:
+        """Write a piece of a tensor, each byte once; piece is the bytes of every piece but the last, if it has some.
+
+        Raises DoesNotFitError when the disk is full.
+        """
         shard, placed = self._places[name]
+        self._hash(placed.tensor, piece or len(data)).add(offset, data)
         position, view = placed.offset + offset, data
         try:
             file = self._open(shard)
@@ -124,7 +136,16 @@ class CheckpointWriter:
         if finished:
             self._finish(shard)
 
-    def commit(self, config: Mapping[str, Any], total_size: int, side_files: Iterable[Path]) -> None:
+    def _hash(self, tensor: StoredTensor, piece: int) -> TensorHash:
+        with self._lock:
+            if tensor.name not in self._hashes:
+                self._hashes[tensor.name] = TensorHash(tensor.nbytes, piece)
+                self._pieces[tensor.name] = piece
+            return self._hashes[tensor.name]
+
+    def commit(
+        self, config: Mapping[str, Any], total_size: int, side_files: Iterable[Path], manifest: bytes = b""
+    ) -> None:
         """Give everything its name, config.json last. Raises CheckpointError if a shard is not whole."""
         unfinished = [shard.name for shard in self.shards if shard.name not in self._done]
         if unfinished:
@@ -143,6 +164,8 @@ class CheckpointWriter:
                 _write_whole(self.folder / path.name, path.read_bytes())
             if len(self.shards) > 1:
                 _write_whole(self.folder / INDEX, self._index(total_size))
+            if manifest:
+                _write_whole(self.folder / MANIFEST, manifest)
             _write_whole(self.folder / "config.json", json.dumps(config, indent=2).encode() + b"\n")
             (self.folder / JOB).unlink()
             _sync_folder(self.folder)
@@ -171,7 +194,8 @@ class CheckpointWriter:
         self._committing = ours and journal.get("committing", False)
         if not ours and _holds_anything(self.folder):
             self._check_replaceable(job)
-        self._done = {s.name for s in self.shards if ours and s.name in journal["done"] and self._is_whole(s)}
+        listed = _listed(journal) if ours else {}
+        self._done = {s.name: listed[s.name] for s in self.shards if s.name in listed and self._is_whole(s, listed)}
         try:
             for stale in self.folder.glob("*.partial"):
                 if stale.name.removesuffix(".partial") not in self._done:
@@ -191,12 +215,12 @@ class CheckpointWriter:
             what = "holds another unfinished job" if job.exists() else "exists and is not empty"
             raise UsageError(f"{self.folder} {what}", hint="choose another OUTPUT, or --force to replace it")
 
-    def _is_whole(self, shard: Shard) -> bool:
+    def _is_whole(self, shard: Shard, listed: Mapping[str, Mapping[str, TensorEntry]]) -> bool:
+        """Whether a shard that the journal lists is there, byte for byte."""
         named = [self.folder / shard.name] if self._committing else []  # else that is a checkpoint to be replaced
         for path in (self._partial(shard.name), *named):
             if path.is_file() and path.stat().st_size == shard.nbytes:
-                with path.open("rb") as file:
-                    return file.read(len(shard.header)) == shard.header
+                return _header_is(path, shard.header) and _hashes_are(path, shard, listed[shard.name])
         return False
 
     def _check_room(self) -> None:
@@ -221,13 +245,21 @@ class CheckpointWriter:
             os.fsync(self._files[shard.name])
             with self._lock:
                 os.close(self._files.pop(shard.name))
-                self._done.add(shard.name)
+                names = [placed.tensor.name for placed in shard.placed]
+                self._done[shard.name] = {
+                    name: TensorEntry(shard.name, self._pieces.pop(name), self._hashes.pop(name).hexdigest())
+                    for name in names
+                }
                 self._save_journal()
         except OSError as error:
             raise _disk_error(error, self.folder) from error
 
     def _save_journal(self) -> None:
-        journal = {"identity": self._identity, "done": sorted(self._done), "committing": self._committing}
+        done = {
+            shard: {name: [entry.piece, entry.sha256] for name, entry in entries.items()}
+            for shard, entries in self._done.items()
+        }
+        journal = {"identity": self._identity, "done": done, "committing": self._committing}
         _write_whole(self.folder / JOB, json.dumps(journal).encode())
 
     def _partial(self, name: str) -> Path:
@@ -262,8 +294,28 @@ def _read_journal(path: Path) -> dict[str, Any]:
         journal = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    sound = isinstance(journal, dict) and isinstance(journal.get("done"), list)
+    sound = isinstance(journal, dict) and isinstance(journal.get("done"), dict)
     return journal if sound else {}
+
+
+def _listed(journal: Mapping[str, Any]) -> dict[str, dict[str, TensorEntry]]:
+    """The finished shards of a journal of ours, which our own digest vouches for."""
+    return {
+        shard: {name: TensorEntry(shard, piece, sha256) for name, (piece, sha256) in entries.items()}
+        for shard, entries in journal["done"].items()
+    }
+
+
+def _header_is(path: Path, header: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
+
+
+def _hashes_are(path: Path, shard: Shard, entries: Mapping[str, TensorEntry]) -> bool:
+    locations = {placed.tensor.name: Location(path, placed) for placed in shard.placed}
+    with Checkpoint(path.parent, {}, locations) as written:
+        found = hash_tensors(written, {name: entries[name].piece for name in locations})
+    return all(found[name] == entries[name].sha256 for name in locations)
 
 
 def _write_whole(path: Path, data: bytes) -> None:

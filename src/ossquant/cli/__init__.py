@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from ossquant.cli import bench, fit, quantize, run
+from ossquant.cli import bench, fit, quantize, run, verify
 from ossquant.errors import CheckpointError, DoesNotFitError, OssquantError, UsageError
 
 EXIT_CODES: dict[type[OssquantError], int] = {UsageError: 2, CheckpointError: 3, DoesNotFitError: 4}
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 app.command("fit")(fit.fit)
 app.command("quantize")(quantize.quantize)
+app.command("verify")(verify.verify)
 app.command("run")(run.run)
 app.command("bench")(bench.bench)
 

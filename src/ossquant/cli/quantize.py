@@ -111,8 +111,15 @@ def _summary(report: "QuantizeReport") -> str:
     return (
         f"{report.output}: {size(result.nbytes)} in {report.files} files, "
         f"{count(result.parameters_4bit)} of {count(result.parameters)} parameters in 4 bits; "
-        f"{report.seconds:.1f} s, {size(report.bytes_per_second)}/s of source{resumed}"
+        f"{report.seconds:.1f} s, {size(report.bytes_per_second)}/s of source{resumed}{_rounding(report.mxfp4_error)}"
     )
+
+
+def _rounding(error: float | None) -> str:
+    if error is None:
+        return ""
+    lost = f"a relative error of {error:.4f}" if error else "no error: they were MXFP4 values"
+    return f"; experts rounded to MXFP4 with {lost}"
 
 
 def _plan_json(plan: "Plan") -> dict[str, Any]:
@@ -143,5 +150,6 @@ def _report_json(report: "QuantizeReport", recipe: Recipe) -> dict[str, Any]:
         "source_bytes": report.source.nbytes,
         "seconds": round(report.seconds, 3),
         "cpu_seconds": round(report.cpu_seconds, 3),
+        "mxfp4_error": report.mxfp4_error,
         **_plan_json(report.result),
     }

@@ -41,13 +41,22 @@ def quantize(rows: Bf16Bits, scheme: Scheme, name: str = "tensor") -> dict[str, 
 
     Returns the parts by suffix, as in Scheme.stored. Raises CheckpointError for NaN and infinity.
     """
+    codes, absmax = encode(rows, scheme, name)
+    return {"": codes, **statistics(absmax, scheme, (rows.shape[0], rows.shape[1]), name)}
+
+
+def encode(rows: Bf16Bits, scheme: Scheme, name: str = "tensor") -> tuple[Bytes, Floats]:
+    """Code a matrix, or some rows of one: codes (n / 2, 1) uint8 and absmax (n / block,) float32.
+
+    Raises CheckpointError for NaN and infinity.
+    """
     flat = np.ascontiguousarray(rows).reshape(-1)
     codes, absmax = np.empty(flat.size // 2, np.uint8), np.empty(flat.size // scheme.block_size, np.float32)
     midpoints, order = _bounds(scheme.format)
     _quantize(flat, scheme.block_size, midpoints, order, codes, absmax)
     if not np.isfinite(absmax).all():
         mxfp4.raise_not_finite(name)
-    return _parts(codes, absmax, scheme, (rows.shape[0], rows.shape[1]), name)
+    return codes.reshape(-1, 1), absmax
 
 
 def transcode(blocks: Bytes, scales: Bytes, scheme: Scheme, name: str = "tensor") -> dict[str, npt.NDArray[Any]]:
@@ -69,7 +78,7 @@ def transcode(blocks: Bytes, scales: Bytes, scheme: Scheme, name: str = "tensor"
         codes,
         absmax,
     )
-    return _parts(codes, absmax, scheme, (rows, groups * 32), name)
+    return {"": codes.reshape(-1, 1), **statistics(absmax, scheme, (rows, groups * 32), name)}
 
 
 def dequantize(codes: Bytes, absmax: Floats, scheme: Scheme) -> Floats:
@@ -81,10 +90,9 @@ def dequantize(codes: Bytes, absmax: Floats, scheme: Scheme) -> Floats:
     return expanded
 
 
-def _parts(
-    codes: Bytes, absmax: Floats, scheme: Scheme, shape: tuple[int, int], name: str
-) -> dict[str, npt.NDArray[Any]]:
-    parts: dict[str, npt.NDArray[Any]] = {"": codes.reshape(-1, 1), ".quant_map": CODEBOOK[scheme.format]}
+def statistics(absmax: Floats, scheme: Scheme, shape: tuple[int, int], name: str) -> dict[str, npt.NDArray[Any]]:
+    """What stands beside the codes of a matrix (out, in), by suffix. Raises CheckpointError for too large weights."""
+    parts: dict[str, npt.NDArray[Any]] = {".quant_map": CODEBOOK[scheme.format]}
     offset = 0.0
     if scheme.double_quant:
         parts[".absmax"], parts[".nested_absmax"], offset = nested.quantize(absmax)

@@ -58,6 +58,12 @@ def quantize(rows: Bf16Bits, name: str = "tensor") -> tuple[Bytes, Bytes]:
     return blocks, scales
 
 
+def squared_error(rows: Bf16Bits, blocks: Bytes, scales: Bytes) -> tuple[float, float]:
+    """What rounding lost: the sum of squared differences, and of squared weights, as `quantize` has its arguments."""
+    error, norm = _squared_error(rows.reshape(-1), blocks.reshape(-1), scales.reshape(-1), DECODED)
+    return float(error), float(norm)
+
+
 def check_scales(scales: Bytes, name: str) -> None:
     """Raise CheckpointError for a scale whose weights bf16 cannot hold."""
     if scales.size and int(scales.max()) > MAX_SCALE:
@@ -103,3 +109,20 @@ def _quantize(rows: Any, blocks: Any, scales: Any) -> Any:
         for j in range(16):
             blocks[g * 16 + j] = codes[2 * j] | (codes[2 * j + 1] << 4)
     return largest
+
+
+@nb.njit(nogil=True, cache=True)
+def _squared_error(rows: Any, blocks: Any, scales: Any, decoded: Any) -> Any:
+    error, norm = np.float64(0), np.float64(0)
+    for g in range(scales.shape[0]):
+        row = decoded[scales[g]]
+        for j in range(16):
+            byte = blocks[g * 16 + j]
+            for half in range(2):
+                bits = rows[g * 32 + 2 * j + half]
+                code = (byte >> (4 * half)) & 15
+                weight = np.float64(np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32))
+                coded = np.float64(np.uint32(np.uint32(row[code]) << np.uint32(16)).view(np.float32))
+                error += (weight - coded) ** 2
+                norm += weight**2
+    return error, norm

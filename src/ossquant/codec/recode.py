@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ossquant.codec import bnb4, mxfp4
+from ossquant.codec import bnb4, int4, mxfp4
 from ossquant.codec.mxfp4 import Bf16Bits, Bytes
-from ossquant.scheme import Scheme, expert_name
+from ossquant.scheme import Scheme, expert_name, int4_prefix
 
 Parts = dict[str, npt.NDArray[Any]]
 
@@ -41,4 +41,7 @@ def recode(source: Matrix, scheme: Scheme, name: str, expert: int | None = None)
     if scheme.format == "mxfp4":
         blocks, scales = mxfp4.quantize(rows, name)
         return {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    if scheme.format == "int4":
+        prefix = int4_prefix(name, expert or 0)
+        return {prefix + suffix: part for suffix, part in int4.quantize(rows, name).items()}
     return {name: np.ascontiguousarray(rows.T) if expert is not None else rows}

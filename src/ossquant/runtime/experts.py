@@ -108,11 +108,12 @@ def _mix(
     return mixed
 
 
-def linear4bit(inputs: int, outputs: int, scheme: Scheme, dtype: torch.dtype) -> Linear4bit:
+def linear4bit(inputs: int, outputs: int, scheme: Scheme, dtype: torch.dtype, bias: bool = True) -> Linear4bit:
     """An empty Linear4bit of a scheme, computing in dtype."""
     module = Linear4bit(
         inputs,
         outputs,
+        bias=bias,
         compute_dtype=dtype,
         compress_statistics=scheme.double_quant,
         quant_type=scheme.format,

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 from ossquant.checkpoint.reader import Checkpoint, open_checkpoint
 from ossquant.errors import CheckpointError, DoesNotFitError, UnsupportedError, UsageError
 from ossquant.layout import Role
-from ossquant.plan import Plan
+from ossquant.plan import QUANTIZED, Plan
 from ossquant.quantize import plan_quantize, quantization_config
 from ossquant.recipe import Recipe, built_in
 from ossquant.runtime.quantizer import METHOD, parameters_4bit
@@ -91,12 +91,22 @@ def placement(model: nn.Module) -> Placement:
     return Placement(total, four_bit, formats or {str(model.dtype).removeprefix("torch."): total}, by_device)
 
 
+# the schemes to run a checkpoint in; the others are for servers
+LOADABLE = ("hybrid", "nf4", "fp4", "bf16")
+
+
 def _choose(checkpoint: Checkpoint, scheme: str | None) -> Recipe:
     stored = checkpoint.plan
     experts, attention = stored.scheme(Role.EXPERTS), stored.scheme(Role.ATTENTION)
-    if attention.is_bnb:
-        as_stored = Recipe("as stored", "", {Role.EXPERTS: experts, Role.ATTENTION: attention})
-        if scheme and built_in(scheme).schemes != as_stored.schemes:
+    if experts.format == "int4":
+        raise UnsupportedError(
+            f"{checkpoint.folder}: INT4 experts are for vLLM", hint=f"vllm serve {checkpoint.folder}"
+        )
+    if scheme is not None and scheme not in LOADABLE:
+        raise UsageError(f"scheme '{scheme}' is not one to run", hint=nearest(scheme, LOADABLE))
+    if stored.has_bnb:
+        as_stored = Recipe("as stored", "", {role: stored.scheme(role) for role in QUANTIZED})
+        if scheme and any(built_in(scheme).scheme(role) != as_stored.scheme(role) for role in QUANTIZED):
             raise UnsupportedError(
                 f"{checkpoint.folder}: experts are {experts.format}, attention {attention.format}, not '{scheme}'",
                 hint="leave --scheme out, or quantize from the checkpoint it was made of",
@@ -111,12 +121,11 @@ def _choose(checkpoint: Checkpoint, scheme: str | None) -> Recipe:
 
 
 def _load(checkpoint: Checkpoint, plan: Plan, arguments: dict[str, Any]) -> Any:
-    experts, attention = plan.scheme(Role.EXPERTS), plan.scheme(Role.ATTENTION)
     config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-    if checkpoint.plan.scheme(Role.ATTENTION).is_bnb:
+    if checkpoint.plan.has_bnb:
         _check_ours(checkpoint)  # its own quantization_config stands, and is held against the files
-    elif attention.is_bnb:
-        config.quantization_config = quantization_config(experts, attention)
+    elif plan.has_bnb:
+        config.quantization_config = quantization_config(*(plan.scheme(role) for role in QUANTIZED))
     elif checkpoint.plan.scheme(Role.EXPERTS).format == "mxfp4":
         arguments = arguments | {"quantization_config": Mxfp4Config(dequantize=True)}
     on_load = checkpoint.plan.tensors != plan.tensors

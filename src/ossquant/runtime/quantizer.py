@@ -22,7 +22,7 @@ from ossquant.checkpoint.header import read_header
 from ossquant.codec.recode import Matrix, Mxfp4Matrix, recode
 from ossquant.errors import CheckpointError, UnsupportedError
 from ossquant.layout import Role
-from ossquant.plan import Plan, make_plan, read_plan
+from ossquant.plan import QUANTIZED, Plan, make_plan, read_plan
 from ossquant.recipe import parse_recipe
 from ossquant.runtime.experts import Linear4bitExperts, NativeMxfp4Experts, linear4bit
 from ossquant.scheme import Scheme, expert_name
@@ -33,18 +33,19 @@ FORMAT_VERSION = 1
 # the statistics that bitsandbytes keeps beside a 4-bit weight
 _STATISTICS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map",
                ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")  # fmt: skip
-_ATTENTION = r"(?<=[qkvo]_proj)\.weight"
+_MATRIX = {Role.ATTENTION: r"(?<=[qkvo]_proj)\.weight", Role.LM_HEAD: r"(?<=lm_head)\.weight"}
 _EXPERT = r"(?<=\d)\.weight"  # gate_up_projs.3.weight; nothing else ends in a number
 
 
 @register_quantization_config(METHOD)
 class OssquantConfig(QuantizationConfigMixin):
-    """The schemes of experts and attention, as tables of a recipe."""
+    """The schemes of experts, attention and lm_head, as tables of a recipe."""
 
     def __init__(
         self,
         experts: dict[str, Any],
         attention: dict[str, Any],
+        lm_head: dict[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
     ) -> None:
@@ -57,6 +58,7 @@ class OssquantConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.experts = experts
         self.attention = attention
+        self.lm_head = lm_head or {"format": "bf16"}
 
 
 @register_quantizer(METHOD)
@@ -89,7 +91,7 @@ class OssquantQuantizer(HfQuantizer):
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
         if not self.param_needs_quantization(model, param_name):
             return super().param_element_size(model, param_name, param)
-        scheme = self.plan.scheme(Role.EXPERTS if ".experts." in param_name else Role.ATTENTION)
+        scheme = self.plan.scheme(_role(param_name))
         total = sum(part.nbytes for part in scheme.stored("weight", tuple(param.shape)))
         return total / param.numel()
 
@@ -102,7 +104,7 @@ class OssquantQuantizer(HfQuantizer):
         stored = [placed.tensor for file in checkpoint_files for placed in read_header(Path(file))]
         self.source = read_plan(spec, {tensor.name: tensor for tensor in stored})
         self.plan = make_plan(spec, parse_recipe(_tables(self.quantization_config), "quantization_config"))
-        for role in (Role.EXPERTS, Role.ATTENTION):
+        for role in QUANTIZED:
             self._check_reachable(role)
         self._replace_modules(model, model.dtype)
         self._model = weakref.ref(model)
@@ -116,24 +118,27 @@ class OssquantQuantizer(HfQuantizer):
             )
 
     def _replace_modules(self, model: nn.Module, dtype: torch.dtype) -> None:
-        experts, attention = self.plan.scheme(Role.EXPERTS), self.plan.scheme(Role.ATTENTION)
+        experts = self.plan.scheme(Role.EXPERTS)
         for name, module in list(model.named_modules()):
             if type(module).__name__ == "GptOssExperts" and experts.is_bnb:
                 model.set_submodule(name, Linear4bitExperts(model.config, experts, dtype))
             elif type(module).__name__ == "GptOssExperts" and experts.format == "mxfp4":
                 model.set_submodule(name, NativeMxfp4Experts(model.config))
-            elif ".self_attn." in name and type(module) is nn.Linear and attention.is_bnb:
-                size = module.in_features, module.out_features
-                model.set_submodule(name, linear4bit(*size, attention, dtype))
+            elif type(module) is nn.Linear and (".self_attn." in name or name == "lm_head"):
+                scheme = self.plan.scheme(_role(name))
+                if scheme.is_bnb:
+                    size = module.in_features, module.out_features
+                    model.set_submodule(name, linear4bit(*size, scheme, dtype, bias=module.bias is not None))
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
-        attention, experts = self.plan.scheme(Role.ATTENTION), self.plan.scheme(Role.EXPERTS)
+        experts = self.plan.scheme(Role.EXPERTS)
         converters = list(weight_conversions)
-        if self.source.scheme(Role.ATTENTION).is_bnb:
-            converters.append(_load_converter(self, _ATTENTION))
-        elif attention.is_bnb:
-            quantize = QuantizeMatrix(self, attention)
-            converters.append(WeightConverter([_ATTENTION], ".weight", [quantize], force_cpu=True))
+        for role, pattern in _MATRIX.items():
+            if self.source.scheme(role).is_bnb:
+                converters.append(_load_converter(self, pattern))
+            elif self.plan.scheme(role).is_bnb:
+                quantize = QuantizeMatrix(self, self.plan.scheme(role))
+                converters.append(WeightConverter([pattern], ".weight", [quantize], force_cpu=True))
         stored = self.source.scheme(Role.EXPERTS)
         if stored.is_bnb:
             converters.append(_load_converter(self, _EXPERT))
@@ -278,7 +283,16 @@ def _load_converter(quantizer: OssquantQuantizer, pattern: str) -> WeightConvert
 
 
 def _tables(config: OssquantConfig) -> dict[str, Any]:
-    return {"name": METHOD, "why": "as stored", "experts": config.experts, "attention": config.attention}
+    return {
+        "name": METHOD, "why": "as stored",
+        "experts": config.experts, "attention": config.attention, "lm_head": config.lm_head,
+    }  # fmt: skip
+
+
+def _role(name: str) -> Role:
+    if ".experts." in name:
+        return Role.EXPERTS
+    return Role.LM_HEAD if name.startswith("lm_head") else Role.ATTENTION
 
 
 def _only(value: Any) -> Tensor:
