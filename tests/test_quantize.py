@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 from ossquant.checkpoint.manifest import MANIFEST
 from ossquant.checkpoint.reader import INDEX, open_checkpoint
 from ossquant.checkpoint.writer import plan_shards
-from ossquant.codec import mxfp4
+from ossquant.codec import bnb4, mxfp4
 from ossquant.errors import CheckpointError, UnsupportedError
 from ossquant.layout import Role
 from ossquant.quantize import compressed_tensors_config, quantize
 from ossquant.recipe import BUILT_IN, Recipe, built_in
-from ossquant.scheme import ITEMSIZE, Scheme
+from ossquant.scheme import ITEMSIZE, Scheme, int4_prefix
+from ossquant.verify import verify
 
 FINEST = dict.fromkeys((Role.EXPERTS, Role.ATTENTION), Scheme("nf4", 32, double_quant=False))
 MIXED = {Role.EXPERTS: Scheme("fp4", 32), Role.ATTENTION: Scheme("nf4", 64, double_quant=False)}
@@ -130,6 +131,54 @@ def test_published_form_again(quantized: dict[str, Path], trained: Path, tmp_pat
         assert back.plan == source.plan
     quantize(tmp_path / "back", tmp_path / "bf16", built_in("bf16"))
     assert as_bytes(tensors_of(tmp_path / "bf16")) == as_bytes(tensors_of(quantized["bf16"]))
+
+
+def test_rounding_error(quantized: dict[str, Path], random_bf16: Path, tmp_path: Path) -> None:
+    """Rounding to MXFP4 tells what it lost: nothing on MXFP4 values, and on others what the tensors show."""
+    assert quantize(quantized["bf16"], tmp_path / "back", built_in("mxfp4")).mxfp4_error == 0.0
+    report = quantize(random_bf16, tmp_path / "rounded", built_in("mxfp4"))
+    before, after = tensors_of(random_bf16), tensors_of(tmp_path / "rounded")
+    error = norm = 0.0
+    for name in (name for name in before if name.endswith(("gate_up_proj", "down_proj"))):
+        source = before[name].mT.double()
+        parts = [after[f"{name}_{part}"].numpy() for part in ("blocks", "scales")]
+        restored = torch.from_numpy(mxfp4.dequantize(*parts).view(np.int16)).view(torch.bfloat16).double()
+        error += float((restored - source).pow(2).sum())
+        norm += float(source.pow(2).sum())
+    assert report.mxfp4_error == pytest.approx((error / norm) ** 0.5, rel=1e-9)
+
+
+HEAD = {Role.EXPERTS: Scheme("mxfp4"), Role.ATTENTION: Scheme("nf4"), Role.LM_HEAD: Scheme("nf4")}
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_lm_head_in_rows(trained: Path, tmp_path: Path, double_quant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large lm_head is coded some rows at a time, and gives what bnb4 makes of it whole."""
+    monkeypatch.setattr("ossquant.quantize.WEIGHTS_AT_ONCE", 10_000)
+    recipe = Recipe("head", "", HEAD).with_double_quant(double_quant)
+    quantize(trained, tmp_path / "out", recipe)
+    found, rows = tensors_of(tmp_path / "out"), tensors_of(trained)["lm_head.weight"]
+    whole = bnb4.quantize(rows.view(torch.int16).numpy().view(np.uint16), recipe.scheme(Role.LM_HEAD))
+    for suffix, part in whole.items():
+        assert found[f"lm_head.weight{suffix}"].numpy().tobytes() == part.tobytes()
+    with open_checkpoint(tmp_path / "out") as checkpoint:
+        assert checkpoint.plan.scheme(Role.LM_HEAD) == recipe.scheme(Role.LM_HEAD)
+    assert verify(tmp_path / "out").whole
+
+
+def test_int4_is_what_the_library_decodes(trained: Path, quantized: dict[str, Path]) -> None:
+    """Every expert in INT4, decoded by compressed-tensors, is within 10 % of its MXFP4 source."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    source, packed = tensors_of(quantized["bf16"]), tensors_of(quantized["int4"])
+    for name in (name for name in source if name.endswith(("gate_up_proj", "down_proj"))):
+        for expert, weights in enumerate(source[name].mT):
+            prefix = int4_prefix(name, expert)
+            codes = unpack_from_int32(packed[f"{prefix}_weight_packed"], 4, weights.shape)
+            scales = packed[f"{prefix}_weight_scale"].float().repeat_interleave(32, dim=1)
+            decoded = codes.float() * scales
+            assert (decoded - weights.float()).norm() < 0.1 * weights.float().norm()
+    assert verify(quantized["int4"], trained).whole
 
 
 def test_random_bf16_source(random_bf16: Path, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_output(model: Path, output: str, tmp_path: Path) -> None:
     ("options", "words"),
     [
         (["--scheme", "nf5"], ["unknown scheme 'nf5'", "did you mean 'nf4'?"]),
-        (["--scheme", "int4"], ["int4 is not made yet", "group-wise", "compressed-tensors"]),
+        (["--scheme", "int8"], ["unknown scheme 'int8'", "did you mean 'int4'?"]),
         (["--scheme", "nf4", "--recipe", "good.toml"], ["--scheme and --recipe exclude each other"]),
         (["--recipe", "absent.toml"], ["no recipe at absent.toml"]),
         (["--recipe", "broken.toml"], ["broken.toml: not readable as TOML"]),

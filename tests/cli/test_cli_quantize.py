@@ -99,6 +99,22 @@ def test_killed(large: Path, undisturbed: dict[str, str], moment: Callable[[Path
     assert digests(out) == undisturbed
 
 
+def test_finished_files_are_checked(large: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    """A bit that flips in a finished file of an interrupted job is found by its hash, and the file made again."""
+    out = tmp_path / "out"
+    process = start(large, out, half_done)
+    process.kill()
+    process.communicate()
+    done = sorted(json.loads((out / "ossquant-job.json").read_text())["done"])
+    with (out / f"{done[3]}.partial").open("r+b") as file:
+        file.seek(-1, 2)
+        byte = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([byte ^ 1]))
+    assert run_again(large, out)["resumed"]
+    assert digests(out) == undisturbed
+
+
 def test_interrupted(large: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
     """Ctrl-C ends with exit code 130 and a sentence; the same command goes on."""
     out = tmp_path / "out"

@@ -2,8 +2,10 @@ import json
 import shutil
 import subprocess
 import sys
+from copy import copy
 from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
 from reference import reference_model
@@ -14,9 +16,11 @@ from ossquant.checkpoint.reader import open_checkpoint
 from ossquant.errors import CheckpointError, DoesNotFitError, UnsupportedError, UsageError
 from ossquant.layout import Role
 from ossquant.plan import make_plan
-from ossquant.recipe import built_in
+from ossquant.quantize import quantize
+from ossquant.recipe import Recipe, built_in
 from ossquant.runtime import load, quantizer
 from ossquant.runtime.load import placement
+from ossquant.scheme import Scheme
 
 FOUR_BIT = ("hybrid", "nf4", "fp4")
 TOLERANCE = 1e-5
@@ -300,3 +304,28 @@ def test_fp32_is_not_computed_in_bf16(quantized: dict[str, Path]) -> None:
     with torch.no_grad():
         model(torch.tensor([[1, 2, 3]]))
     assert not any(quantizer._is_repacked(module) for module in model.modules())
+
+
+def test_lm_head_in_nf4(trained: Path, tmp_path: Path) -> None:
+    """An lm_head in NF4 loads as such, and gives the logits of its dequantized weights."""
+    schemes = {Role.EXPERTS: Scheme("mxfp4"), Role.ATTENTION: Scheme("nf4"), Role.LM_HEAD: Scheme("nf4")}
+    quantize(trained, tmp_path / "head", Recipe("head", "", schemes))
+    model, _ = load_model(tmp_path / "head", dtype="float32")
+    plain, _ = load_model(trained, scheme="hybrid", dtype="float32")
+    state = copy(model.lm_head.weight.quant_state)
+    state.dtype = torch.float32
+    with torch.no_grad():
+        plain.lm_head.weight.copy_(bitsandbytes.functional.dequantize_4bit(model.lm_head.weight.data, state))
+    prompt = torch.arange(40).unsqueeze(0)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(prompt).logits, plain(prompt).logits, rtol=0, atol=1e-4)
+    assert placement(model).parameters_4bit == placement(plain).parameters_4bit + plain.lm_head.weight.numel()
+
+
+@pytest.mark.parametrize("scheme", ["int4", "mxfp4"])
+def test_schemes_for_servers_do_not_run(scheme: str, trained: Path, quantized: dict[str, Path]) -> None:
+    """INT4 is for vLLM, and MXFP4 as published has no kernel of ours to compute on."""
+    with pytest.raises(UsageError, match=scheme):
+        load_model(trained, scheme=scheme)
+    with pytest.raises(UnsupportedError, match="vLLM"):
+        load_model(quantized["int4"])
