@@ -164,18 +164,10 @@ def quantization_config(experts: Scheme, attention: Scheme, lm_head: Scheme = BF
     config = {
         "quant_method": "ossquant",
         "format_version": 1,
-        "experts": scheme_table(experts),
-        "attention": scheme_table(attention),
+        "experts": experts.table(),
+        "attention": attention.table(),
     }
-    return config if lm_head == BF16 else config | {"lm_head": scheme_table(lm_head)}
-
-
-def scheme_table(scheme: Scheme) -> dict[str, Any]:
-    """A scheme as a recipe's table has it."""
-    table: dict[str, Any] = {"format": scheme.format}
-    if scheme.is_bnb:
-        table |= {"block_size": scheme.block_size, "double_quant": scheme.double_quant}
-    return table
+    return config if lm_head == BF16 else config | {"lm_head": lm_head.table()}
 
 
 def side_files(folder: Path) -> list[Path]:

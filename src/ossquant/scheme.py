@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from math import prod
+from typing import Any
 
 from ossquant.errors import UnsupportedError
 
@@ -57,6 +58,13 @@ class Scheme:
     def is_4bit(self) -> bool:
         """Whether its weights take four bits."""
         return self.format in ("mxfp4", "int4", *BNB_FORMATS)
+
+    def table(self) -> dict[str, Any]:
+        """The scheme as a recipe's table has it."""
+        table: dict[str, Any] = {"format": self.format}
+        if self.is_bnb:
+            table |= {"block_size": self.block_size, "double_quant": self.double_quant}
+        return table
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise UnsupportedError where a block would straddle a row of the tensor called name."""

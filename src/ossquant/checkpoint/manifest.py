@@ -17,7 +17,6 @@ from ossquant.checkpoint.reader import Checkpoint
 from ossquant.errors import CheckpointError
 from ossquant.layout import Role
 from ossquant.plan import Plan, TensorPlan
-from ossquant.scheme import Scheme
 
 MANIFEST = "ossquant-manifest.json"  # beside config.json
 FORMAT_VERSION = 1
@@ -123,7 +122,7 @@ def make_manifest(
             config_sha256=hashlib.sha256(config).hexdigest(),
         ),
         recipe=recipe,
-        scheme={role.value: _scheme_table(plan.scheme(role)) for role in Role},
+        scheme={role.value: plan.scheme(role).table() for role in Role},
         versions={package: version(package) for package in ("numpy", "numba")},
         tensors=tensors,
     )
@@ -192,13 +191,6 @@ def _digest(checkpoint: Checkpoint, name: str, begin: int, nbytes: int) -> bytes
 
 def _combine(digests: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()
-
-
-def _scheme_table(scheme: Scheme) -> dict[str, Any]:
-    table: dict[str, Any] = {"format": scheme.format}
-    if scheme.is_bnb:
-        table |= {"block_size": scheme.block_size, "double_quant": scheme.double_quant}
-    return table
 
 
 def read_manifest(folder: Path) -> Manifest | None:
