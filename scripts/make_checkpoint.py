@@ -112,7 +112,7 @@ def _bits(nbytes: int, rng: np.random.Generator) -> Any:
 
 def _write_piece(writer: CheckpointWriter, pool: _Pool, part: StoredTensor, offset: int, seed: int) -> None:
     nbytes = min(PIECE, part.nbytes - offset)
-    writer.write(part.name, memoryview(pool.draw(part, offset, nbytes, seed)), offset)
+    writer.write(part.name, memoryview(pool.draw(part, offset, nbytes, seed)), offset, piece=PIECE)
 
 
 def _config(spec: ModelSpec) -> dict[str, Any]:
