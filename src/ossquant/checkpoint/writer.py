@@ -116,8 +116,9 @@ class CheckpointWriter:
         return {name: entry for entries in self._done.values() for name, entry in entries.items()}
 
     def write(self, name: str, data: memoryview, offset: int = 0, piece: int = 0) -> None:
-        """Write a piece of a tensor, each byte once; piece is the bytes of every piece but the last; the whole tensor if not given.
+        """Write a piece of a tensor, each byte once.
 
+        piece is the bytes of every piece but the last, the whole tensor if not given.
         Raises DoesNotFitError when the disk is full.
         """
         shard, placed = self._places[name]
