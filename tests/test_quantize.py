@@ -287,3 +287,22 @@ def test_report(trained: Path, tmp_path: Path) -> None:
     assert not report.resumed
     assert report.result.parameters == report.source.parameters
     assert report.bytes_per_second == report.source.nbytes / report.seconds
+
+
+@pytest.mark.parametrize(
+    ("tensor", "scheme"),
+    [("model.layers.1.mlp.experts.down_proj_scales", "hybrid"),
+     ("model.layers.0.mlp.experts.gate_up_proj_scales", "mxfp4"),
+     ("model.embed_tokens.weight", "nf4"), ("model.layers.1.mlp.router.weight", "hybrid")],
+)  # fmt: skip
+def test_broken_weights_are_not_copied(trained: Path, tmp_path: Path, tensor: str, scheme: str) -> None:
+    """A scale that stands for NaN, and NaN in bf16, are refused where they would only be copied, too."""
+    shutil.copytree(trained, tmp_path / "broken")
+    with open_checkpoint(tmp_path / "broken") as checkpoint:
+        location = checkpoint.locations[tensor]
+    with location.path.open("r+b") as file:
+        file.seek(location.placed.offset + location.placed.tensor.nbytes - 2)
+        file.write(b"\xff\xff")
+    with pytest.raises(CheckpointError, match=tensor.split(".mlp")[0]):
+        quantize(tmp_path / "broken", tmp_path / "out", built_in(scheme))
+    assert not (tmp_path / "out" / "config.json").exists()

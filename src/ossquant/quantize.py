@@ -249,7 +249,16 @@ def _copy(checkpoint: Checkpoint, name: str, offset: int, nbytes: int, writer: C
     if writer.needs(name):
         buffer = memoryview(bytearray(nbytes))
         checkpoint.read_into(name, buffer, offset)
+        _check_copied(checkpoint.stored[name], buffer)
         writer.write(name, buffer, offset, piece=COPY_BYTES)
+
+
+def _check_copied(part: StoredTensor, buffer: memoryview) -> None:
+    """Refuse in what is copied what would be refused in what is coded: NaN, infinity, a scale beyond bf16."""
+    if part.name.endswith("_scales"):
+        mxfp4.check_scales(np.frombuffer(buffer, np.uint8), part.name)
+    elif part.dtype == "BF16":
+        mxfp4.check_finite(np.frombuffer(buffer, np.uint16), part.name)
 
 
 def _copy_state(checkpoint: Checkpoint, part: StoredTensor, writer: CheckpointWriter) -> None:

@@ -17,6 +17,7 @@ from ossquant.spec import ModelSpec
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MAX_TENSORS = 2**17  # the 120b in nf4 has 65,703
 JOB = "ossquant-job.json"  # stands in a folder while it is being written
 SIDE_SUFFIXES = (".json", ".jinja", ".txt", ".model")  # config, tokenizer, chat template
 CHECKPOINT_SUFFIXES = (".safetensors", *SIDE_SUFFIXES)
@@ -99,6 +100,14 @@ class Checkpoint:
 def open_checkpoint(source: str | Path) -> Checkpoint:
     """Open a local folder or a hub id by its headers alone. Raises UsageError, CheckpointError."""
     folder = resolve(source)
+    try:
+        return _open_folder(folder)
+    except OSError as error:
+        where = error.filename or folder
+        raise CheckpointError(f"{where}: {error.strerror}", hint="check the disk, and who may read it") from error
+
+
+def _open_folder(folder: Path) -> Checkpoint:
     if (folder / JOB).exists():
         raise CheckpointError(
             f"{folder}: an unfinished job, not a checkpoint",
@@ -114,13 +123,14 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
 def _refuse_strangers(folder: Path) -> None:
     """Refuse links out of the folder; the hub's cache links to the blobs beside its snapshots."""
-    allowed = [
-        folder.resolve(),
-        *([folder.resolve().parent.parent / "blobs"] if folder.parent.name == "snapshots" else []),
-    ]
+    real = folder.resolve()  # `.` has no parent to ask
+    allowed = [real, *([real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [])]
     for path in folder.iterdir():
         if path.is_symlink() and path.suffix in CHECKPOINT_SUFFIXES:
-            target = path.resolve()
+            try:
+                target = path.resolve()
+            except (OSError, RuntimeError) as error:  # RuntimeError before Python 3.13
+                raise CheckpointError(f"{path.name}: a link to itself", hint="fetch this file again") from error
             if not any(place in target.parents for place in allowed):
                 raise CheckpointError(
                     f"{path.name}: a link out of its folder", hint="copy the file there if you trust it"
@@ -135,11 +145,20 @@ def _locate(folder: Path) -> dict[str, Location]:
         weight_map, shards = None, [SINGLE]
     else:
         raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX}", hint="only safetensors are read")
-    headers = {}
+    headers: dict[str, list[Placed]] = {}
+    files: set[tuple[int, int]] = set()
+    tensors = 0
     for shard in shards:
         if not (folder / shard).is_file():
             raise CheckpointError(f"{shard}: named in {INDEX}, not in {folder}", hint="fetch this file")
+        status = (folder / shard).stat()
+        if (status.st_dev, status.st_ino) in files:  # else one large header could be read a thousand times
+            raise CheckpointError(f"{shard}: another of the shards under a second name", hint="fetch this file")
+        files.add((status.st_dev, status.st_ino))
         headers[shard] = read_header(folder / shard)
+        tensors += len(headers[shard])
+        if tensors > MAX_TENSORS:
+            raise CheckpointError(f"{shard}: more tensors than any model has", hint="do not trust this checkpoint")
     return join_headers(folder, headers, weight_map)
 
 
@@ -166,8 +185,11 @@ def parse_weight_map(index: Mapping[str, Any]) -> dict[str, str]:
     table = index.get("weight_map")
     if not isinstance(table, dict) or not table:
         raise CheckpointError(f"{INDEX}: no weight_map", hint="fetch this file again")
+    if len(table) > MAX_TENSORS:
+        raise CheckpointError(f"{INDEX}: more tensors than any model has", hint="do not trust this checkpoint")
     for shard in set(map(str, table.values())):
-        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", shard):
+        # ASCII, for a file name may have 255 bytes
+        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", shard, re.ASCII):
             raise CheckpointError(
                 f"{INDEX}: '{shard[:120]}' is not a file name beside it", hint="do not trust this checkpoint"
             )

@@ -112,8 +112,9 @@ class CheckpointWriter:
 
     @property
     def tensors(self) -> dict[str, TensorEntry]:
-        """Every tensor of the finished shards, with its hash."""
-        return {name: entry for entries in self._done.values() for name, entry in entries.items()}
+        """Every tensor of the finished shards, with its hash, in the shards' order."""
+        done = (self._done.get(shard.name, {}) for shard in self.shards)
+        return {name: entry for entries in done for name, entry in entries.items()}
 
     def write(self, name: str, data: memoryview, offset: int = 0, piece: int = 0) -> None:
         """Write a piece of a tensor, each byte once.
@@ -162,7 +163,7 @@ class CheckpointWriter:
                     partial.replace(self.folder / shard.name)
             self._remove_strangers({path.name for path in side_files})
             for path in side_files:
-                _write_whole(self.folder / path.name, path.read_bytes())
+                _copy_whole(path, self.folder / path.name)
             if len(self.shards) > 1:
                 _write_whole(self.folder / INDEX, self._index(total_size))
             if manifest:
@@ -324,6 +325,15 @@ def _write_whole(path: Path, data: bytes) -> None:
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
         file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _copy_whole(source: Path, path: Path) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    with source.open("rb") as original, partial.open("wb") as file:
+        shutil.copyfileobj(original, file, 2**20)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

@@ -71,6 +71,12 @@ def check_scales(scales: Bytes, name: str) -> None:
                               hint="the checkpoint is damaged; fetch it again")  # fmt: skip
 
 
+def check_finite(bits: Bf16Bits, name: str) -> None:
+    """Raise CheckpointError for NaN or infinity among bf16 weights."""
+    if bits.size and int((bits & _BF16_INF).max()) == _BF16_INF:
+        raise_not_finite(name)
+
+
 def raise_not_finite(name: str) -> None:
     """Raise CheckpointError for NaN or infinity among the weights."""
     raise CheckpointError(f"{name}: NaN or infinity among its weights", hint="the model is broken; do not quantize it")
