@@ -203,6 +203,29 @@ def test_error(std: float) -> None:
     assert error(as_mxfp4(rows)) < 0.87 * error(as_mxfp4(rows), int4.MINMAX)
 
 
+@pytest.mark.parametrize(("low", "high"), [(112, 124), (40, 240), (0, 252)])
+def test_from_mxfp4_is_from_its_bf16(low: int, high: int) -> None:
+    """The table gives what the arithmetic gives: small and zero groups, both zeros, scales near the limits."""
+    generator = np.random.default_rng(low)
+    blocks = generator.integers(0, 256, (640, 90, 16), dtype=np.uint8)
+    scales = generator.integers(low, high + 1, (640, 90), dtype=np.uint8)
+    blocks[::7] &= 0x99  # no magnitude but 0 and 0.5
+    blocks[::11] &= 0x88  # only zeros
+    blocks[::13] &= 0xBB
+    found, expected = int4.transcode(blocks, scales), int4.quantize(mxfp4.dequantize(blocks, scales))
+    assert found.keys() == expected.keys()
+    for suffix, part in expected.items():
+        assert found[suffix].dtype == part.dtype
+        np.testing.assert_array_equal(found[suffix], part)
+
+
+@pytest.mark.parametrize("scale", [253, 255])
+def test_scale_beyond_bf16(scale: int) -> None:
+    """A shared exponent that bf16 cannot hold is refused, and named."""
+    with pytest.raises(CheckpointError, match="experts: a block scale of"):
+        int4.transcode(np.zeros((1, 1, 16), np.uint8), np.full((1, 1), scale, np.uint8), "experts")
+
+
 def test_exact_where_it_can_be() -> None:
     """Groups of whole multiples of a power of two, up to 6, lose nothing; a scale of 1 / 7.5 would."""
     codes = np.random.default_rng(9).choice(np.array([0, 1, 2, 3, 4, 6, -1, -2, -3, -4, -6], np.float32), (64, 64))

@@ -34,6 +34,7 @@ CODEBOOK: Mapping[str, Floats] = {
 _TINY = np.float32(1e-38)  # bitsandbytes' floor under an absmax that it divides by
 _GAP_MIN, _GAP_MAX = -5, 40  # scale distances the table knows; beyond the last every weight is next to zero
 _SAFE_SCALES = (40, 240)  # between them no product of the table's arithmetic leaves the normal floats
+_PEAKS = (mxfp4.DECODED[:, :8].astype(np.uint32) << 16).view(np.float32)  # by scale and largest code
 
 
 def quantize(rows: Bf16Bits, scheme: Scheme, name: str = "tensor") -> dict[str, npt.NDArray[Any]]:
@@ -52,8 +53,9 @@ def encode(rows: Bf16Bits, scheme: Scheme, name: str = "tensor") -> tuple[Bytes,
     """
     flat = np.ascontiguousarray(rows).reshape(-1)
     codes, absmax = np.empty(flat.size // 2, np.uint8), np.empty(flat.size // scheme.block_size, np.float32)
-    midpoints, order = _bounds(scheme.format)
-    _quantize(flat, scheme.block_size, midpoints, order, codes, absmax)
+    runs = scheme.block_size // 32
+    _quantize(flat.reshape(-1, 32), runs, _thresholds(scheme.format), *_steps(scheme.format),
+              codes.reshape(-1, 16), absmax)  # fmt: skip
     if not np.isfinite(absmax).all():
         mxfp4.raise_not_finite(name)
     return codes.reshape(-1, 1), absmax
@@ -68,26 +70,17 @@ def transcode(blocks: Bytes, scales: Bytes, scheme: Scheme, name: str = "tensor"
     rows, groups = scales.shape
     codes = np.empty(blocks.size, np.uint8)
     absmax = np.empty(scales.size * 32 // scheme.block_size, np.float32)
-    table = _byte_table(scheme.format)
-    _transcode(
-        blocks.reshape(-1),
-        scales.reshape(-1),
-        scheme.block_size // 32,
-        table,
-        mxfp4.MAGNITUDES,
-        codes,
-        absmax,
-    )
+    runs = scheme.block_size // 32
+    _transcode(blocks.reshape(-1, 16), scales.reshape(-1), runs, _byte_table(scheme.format), _PEAKS,
+               codes.reshape(-1, 16), absmax)  # fmt: skip
     return {"": codes.reshape(-1, 1), **statistics(absmax, scheme, (rows, groups * 32), name)}
 
 
 def dequantize(codes: Bytes, absmax: Floats, scheme: Scheme) -> Floats:
     """Expand codes (n / 2, ...) and absmax (n / block,) to float32 (n,)."""
-    book = CODEBOOK[scheme.format]
-    flat = codes.reshape(-1)
-    values = np.stack([book[flat >> 4], book[flat & 15]], axis=-1).reshape(-1, scheme.block_size)
-    expanded: Floats = (values * absmax[:, None]).reshape(-1)
-    return expanded
+    values = _pairs(scheme.format).take(codes.reshape(-1), axis=0).reshape(-1, scheme.block_size)
+    values *= absmax[:, None]
+    return values.reshape(-1)
 
 
 def statistics(absmax: Floats, scheme: Scheme, shape: tuple[int, int], name: str) -> dict[str, npt.NDArray[Any]]:
@@ -108,11 +101,45 @@ def statistics(absmax: Floats, scheme: Scheme, shape: tuple[int, int], name: str
 
 
 @cache
+def _pairs(quant_type: str) -> Floats:
+    """float32 (256, 2): the two values of a byte, the high nibble's first."""
+    book, byte = CODEBOOK[quant_type], np.arange(256)
+    return np.stack([book[byte >> 4], book[byte & 15]], axis=-1)
+
+
+@cache
 def _bounds(quant_type: str) -> tuple[Floats, Bytes]:
     """The 15 midpoints between neighbouring values, and the code of each value in ascending order."""
     book = CODEBOOK[quant_type]
     order = np.argsort(book, kind="stable")
     return (book[order[:-1]] + book[order[1:]]) / np.float32(2), order.astype(np.uint8)
+
+
+@cache
+def _steps(quant_type: str) -> tuple[npt.NDArray[np.uint16], np.uint16]:
+    """From each code to the next by value, modulo 2**16, and the code of the least value."""
+    codes = _bounds(quant_type)[1].astype(np.uint16)
+    return np.diff(codes), codes[0]
+
+
+@cache
+def _thresholds(quant_type: str) -> npt.NDArray[np.int16]:
+    """int16 (32768, 15): for an absmax's bits of bf16, the least weight beyond each midpoint.
+
+    A weight is its bits' magnitude under its sign, an order that compares as the floats do. bitsandbytes
+    compares weight * (1 / absmax) in float32, which rises with the weight: the bound is found by halving.
+    """
+    midpoints, _ = _bounds(quant_type)
+    absmax = (np.arange(2**15, dtype=np.uint32) << 16).view(np.float32)
+    with np.errstate(invalid="ignore"):  # NaN, which is refused
+        inverse = np.float32(1) / np.maximum(absmax, _TINY)[:, None]
+        low, high = np.full((2**15, 15), -(2**15)), np.full((2**15, 15), 2**15 - 1)
+        while (low < high).any():
+            middle = (low + high) >> 1
+            bits = np.abs(middle).astype(np.uint32) << 16 | (middle < 0).astype(np.uint32) << 31
+            beyond = bits.view(np.float32) * inverse > midpoints
+            low, high = np.where(beyond, low, middle + 1), np.where(beyond, middle, high)
+    return high.astype(np.int16)
 
 
 @cache
@@ -135,45 +162,43 @@ def _byte_table(quant_type: str) -> Bytes:
 
 
 @nb.njit(nogil=True, cache=True)
-def _quantize(rows: Any, block: Any, midpoints: Any, order: Any, codes: Any, absmax: Any) -> None:
-    scaled = np.empty(block, np.float32)
-    ranks = np.empty(block, np.uint8)
+def _quantize(rows: Any, runs: Any, thresholds: Any, steps: Any, first: Any, codes: Any, absmax: Any) -> None:
+    """rows (n / 32, 32) bits of bf16, of which runs (one or two) make a block."""
+    ranks = np.empty(32, np.uint16)
+    pairs = ranks.view(np.uint32)
     for b in range(absmax.shape[0]):
-        begin = b * block
         peak = np.uint16(0)
-        for i in range(block):
-            peak = max(peak, np.uint16(rows[begin + i] & 0x7FFF))
+        for r in range(b * runs, (b + 1) * runs):
+            peak = max(peak, mxfp4.peak_bits(rows[r]))
         absmax[b] = np.uint32(np.uint32(peak) << np.uint32(16)).view(np.float32)
-        inverse = np.float32(1) / max(absmax[b], _TINY)
-        for i in range(block):
-            scaled[i] = np.uint32(np.uint32(rows[begin + i]) << np.uint32(16)).view(np.float32) * inverse
-            ranks[i] = 0
-        for k in range(15):
-            bound = midpoints[k]
-            for i in range(block):
-                ranks[i] += np.uint8(scaled[i] > bound)
-        for i in range(block // 2):
-            codes[begin // 2 + i] = (order[ranks[2 * i]] << 4) | order[ranks[2 * i + 1]]
+        bounds = thresholds[peak]
+        for r in range(b * runs, (b + 1) * runs):
+            for i in range(32):
+                bits = np.int16(rows[r, i])
+                sign = np.int16(bits >> np.int16(15))
+                weight = np.int16(np.int16(np.int16(bits & np.int16(0x7FFF)) ^ sign) - sign)
+                rank = first
+                for k in range(15):
+                    rank += np.uint16(np.uint16(weight >= bounds[k]) * steps[k])
+                ranks[i] = rank
+            for i in range(16):
+                codes[r, i] = (pairs[i] << np.uint32(4)) | (pairs[i] >> np.uint32(16))
 
 
 @nb.njit(nogil=True, cache=True)
-def _transcode(blocks: Any, scales: Any, groups: Any, table: Any, magnitudes: Any, codes: Any, absmax: Any) -> None:
-    """groups MXFP4 groups (one or two) make a block."""
+def _transcode(blocks: Any, scales: Any, runs: Any, table: Any, peaks: Any, codes: Any, absmax: Any) -> None:
+    """blocks (G, 16) of MXFP4, of which runs (one or two) make a block of ours."""
     for b in range(absmax.shape[0]):
-        lead_scale: Any = np.int32(0)
-        lead_code, lead = np.int32(0), np.float32(-1)
-        for g in range(b * groups, (b + 1) * groups):
-            largest = np.uint8(0)
-            for i in range(16):
-                byte = blocks[g * 16 + i]
-                largest = max(largest, max(np.uint8(byte & 7), np.uint8((byte >> 4) & 7)))
-            scale = np.int32(scales[g])
-            peak = magnitudes[largest] * np.float32(2.0) ** np.float32(scale - 127)
+        lead_scale: Any = 0
+        lead_code, lead = np.int64(0), np.float32(-1)
+        for r in range(b * runs, (b + 1) * runs):
+            largest = mxfp4.largest_code(blocks[r])
+            peak = peaks[scales[r], largest]
             if peak > lead:
-                lead_scale, lead_code, lead = scale, np.int32(largest), peak
+                lead_scale, lead_code, lead = np.int64(scales[r]), np.int64(largest), peak
         absmax[b] = lead
-        for g in range(b * groups, (b + 1) * groups):
-            gap = min(max(lead_scale - np.int32(scales[g]), _GAP_MIN), _GAP_MAX) - _GAP_MIN
+        for r in range(b * runs, (b + 1) * runs):
+            gap = min(max(lead_scale - np.int64(scales[r]), _GAP_MIN), _GAP_MAX) - _GAP_MIN
             target = table[lead_code, gap]
             for i in range(16):
-                codes[g * 16 + i] = target[blocks[g * 16 + i]]
+                codes[r, i] = target[blocks[r, i]]

@@ -4,6 +4,7 @@ Given the scale, codes are what that library's own rounding makes of the weights
 the format leaves free, is the best of a few by the squared error of its group; the library's own is one.
 """
 
+from functools import cache
 from typing import Any
 
 import numba as nb
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ossquant.codec import mxfp4
-from ossquant.codec.mxfp4 import Bf16Bits
+from ossquant.codec.mxfp4 import Bf16Bits, Bytes
 from ossquant.scheme import INT4_GROUP
 
 Floats = npt.NDArray[np.float32]
@@ -25,6 +26,7 @@ _EPS = np.uint16(0x3C00)  # 2**-7, bf16's epsilon: compressed-tensors' scale for
 _LARGEST = np.uint16(0x7DFF)  # the last scale whose -8 is finite in bf16
 _SEARCHED = np.uint16(0x1000)  # 2**-95: below it the search's inverse might overflow
 _BF16_INF = np.uint16(0x7F80)
+_SAFE_SCALES = (40, 240)  # between them an MXFP4 group and its INT4 scale keep clear of the limits above
 _ROUND = np.float32(1.5 * 2**23)  # added and taken off again, it leaves the nearest integer, ties to even
 _FIXED = np.float32(2**10)  # errors are summed as integers, so that every machine chooses the same scale
 
@@ -40,9 +42,23 @@ def quantize(rows: Bf16Bits, name: str = "tensor", divisors: Floats = DIVISORS) 
     out, columns = rows.shape
     packed = np.empty((out, columns // 2), np.uint8)
     scales = np.empty((out, columns // INT4_GROUP), np.uint16)
-    if not _quantize(np.ascontiguousarray(rows).reshape(-1), divisors, packed.reshape(-1), scales.reshape(-1)):
+    if not _quantize(np.ascontiguousarray(rows).reshape(-1, 32), divisors, packed.reshape(-1, 16), scales.reshape(-1)):
         mxfp4.raise_not_finite(name)
     return {"_weight_packed": packed.view("<i4"), "_weight_scale": scales}
+
+
+def transcode(blocks: Bytes, scales: Bytes, name: str = "tensor") -> dict[str, npt.NDArray[Any]]:
+    """Quantize an MXFP4 matrix: blocks (out, G, 16) and scales (out, G), uint8. Returns what `quantize` does.
+
+    Both have groups of 32, and the scale of one does not change the other's codes: a table for each largest
+    magnitude and divisor has every byte's error and its new codes.
+    """
+    mxfp4.check_scales(scales, name)
+    if scales.size and not _SAFE_SCALES[0] <= scales.min() <= scales.max() <= _SAFE_SCALES[1]:
+        return quantize(mxfp4.dequantize(blocks, scales, name), name)
+    packed, result = np.empty(blocks.size, np.uint8), np.empty(scales.shape, np.uint16)
+    _transcode(blocks.reshape(-1, 16), scales.reshape(-1), *_byte_tables(), packed.reshape(-1, 16), result.reshape(-1))
+    return {"_weight_packed": packed.reshape(scales.shape[0], -1).view("<i4"), "_weight_scale": result}
 
 
 def dequantize(packed: Words, scales: Bf16Bits) -> Floats:
@@ -74,56 +90,120 @@ def _to_integer(quotient: Any) -> Any:
     return np.float32(np.float32(clamped + _ROUND) - _ROUND)
 
 
+@nb.njit(nogil=True, inline="always", error_model="numpy")
+def _code(weight: Any, scale: Any) -> Any:
+    # compressed-tensors divides in bf16, so the quotient is rounded before it is rounded
+    return np.uint8(np.int32(_to_integer(_to_float(_to_bf16(weight / scale)))) + np.int32(8))
+
+
+@nb.njit(nogil=True, inline="always", error_model="numpy")
+def _scale_bits(peak: Any, divisor: Any) -> Any:
+    return min(np.uint16(_to_bf16(peak / divisor)), _LARGEST)
+
+
+@nb.njit(nogil=True, inline="always")
+def _squared_error(weight: Any, inverse: Any) -> Any:
+    """The squared rounding error of a weight over its scale, in fixed point."""
+    quotient = np.float32(weight * inverse)
+    off = np.int32(np.float32((_to_integer(quotient) - quotient) * _FIXED))
+    return np.int32(off * off)
+
+
+@nb.njit(nogil=True, inline="always")
+def _in_shared_unit(error: Any, scale: Any, peak: Any) -> Any:
+    relative = np.float32(scale / peak)
+    return np.float32(np.float32(error) * np.float32(relative * relative))
+
+
 @nb.njit(nogil=True, cache=True, error_model="numpy")
 def _quantize(rows: Any, divisors: Any, packed: Any, scales: Any) -> bool:
     """Fill packed and scales; False if a weight is not finite."""
     weights = np.empty(32, np.float32)
     codes = np.empty(32, np.uint8)
+    pairs = codes.view(np.uint16)
     for g in range(scales.shape[0]):
-        peak = np.uint16(0)
-        for i in range(32):
-            peak = max(peak, np.uint16(rows[g * 32 + i] & 0x7FFF))
+        peak = mxfp4.peak_bits(rows[g])
         if peak >= _BF16_INF:
             return False
         for i in range(32):
-            weights[i] = _to_float(rows[g * 32 + i])
+            weights[i] = _to_float(rows[g, i])
         scales[g] = _scale(weights, _to_float(peak), divisors if peak >= _SEARCHED else divisors[:1])
         scale = _to_float(scales[g])
         for i in range(32):
-            # compressed-tensors divides in bf16, so the quotient is rounded before it is rounded
-            quotient = _to_float(_to_bf16(weights[i] / scale))
-            codes[i] = np.uint8(np.int32(_to_integer(quotient)) + np.int32(8))
+            codes[i] = _code(weights[i], scale)
         for j in range(16):
-            packed[g * 16 + j] = codes[2 * j] | (codes[2 * j + 1] << 4)
+            packed[g, j] = pairs[j] | (pairs[j] >> np.uint16(4))
     return True
 
 
 @nb.njit(nogil=True, inline="always", error_model="numpy")
 def _scale(weights: Any, peak: Any, divisors: Any) -> Any:
     """The bits of the best scale for a group whose largest magnitude is peak."""
-    best = min(np.uint16(_to_bf16(peak / divisors[0])), _LARGEST)
+    best = _scale_bits(peak, divisors[0])
     if divisors.shape[0] == 1:
         return best if best else _EPS
     least = np.float32(np.inf)
     for divisor in divisors:
-        bits = min(np.uint16(_to_bf16(peak / divisor)), _LARGEST)
-        error = _error(weights, peak, _to_float(bits))
-        if error < least:
-            least, best = error, bits
+        bits = _scale_bits(peak, divisor)
+        scale = _to_float(bits)
+        inverse = np.float32(1) / scale
+        error = np.int32(0)
+        for i in range(weights.shape[0]):
+            error += _squared_error(weights[i], inverse)
+        relative = _in_shared_unit(error, scale, peak)
+        if relative < least:
+            least, best = relative, bits
     return best
 
 
-@nb.njit(nogil=True, inline="always", error_model="numpy")
-def _error(weights: Any, peak: Any, scale: Any) -> Any:
-    """The squared error of a group over its squared peak, in a unit that all scales share."""
-    inverse = np.float32(1) / scale
-    total = np.int32(0)
-    for i in range(32):
-        quotient = np.float32(weights[i] * inverse)
-        off = np.int32(np.float32((_to_integer(quotient) - quotient) * _FIXED))
-        total += off * off
-    relative = np.float32(scale / peak)
-    return np.float32(np.float32(total) * np.float32(relative * relative))
+@cache
+def _byte_tables() -> tuple[npt.NDArray[np.int32], Floats, Bytes, Bf16Bits]:
+    """By the largest magnitude's code (8) and divisor (3), of an MXFP4 group at the shared exponent 0.
+
+    Gives for every byte its two weights' squared error (8, 3, 256), what brings such errors to a shared unit
+    (8, 3), every byte's new codes (8, 3, 256), and the bits of the scale (8, 3).
+    """
+    values = np.concatenate([mxfp4.MAGNITUDES, -mxfp4.MAGNITUDES])
+    errors, codes = np.zeros((8, 3, 256), np.int32), np.full((8, 3, 256), 0x88, np.uint8)
+    units, scales = np.zeros((8, 3), np.float32), np.zeros((8, 3), np.uint16)
+    _fill_tables(values, DIVISORS, errors, units, codes, scales)
+    return errors, units, codes, scales
+
+
+@nb.njit(nogil=True, cache=True, error_model="numpy")
+def _fill_tables(values: Any, divisors: Any, errors: Any, units: Any, codes: Any, scales: Any) -> None:
+    for largest in range(1, 8):
+        peak = values[largest]
+        for d in range(3):
+            scales[largest, d] = _scale_bits(peak, divisors[d])
+            scale = _to_float(scales[largest, d])
+            inverse = np.float32(1) / scale
+            units[largest, d] = _in_shared_unit(np.int32(1), scale, peak)
+            for byte in range(256):
+                low, high = values[byte & 15], values[byte >> 4]
+                errors[largest, d, byte] = _squared_error(low, inverse) + _squared_error(high, inverse)
+                codes[largest, d, byte] = _code(low, scale) | (_code(high, scale) << 4)
+
+
+@nb.njit(nogil=True, cache=True)
+def _transcode(
+    blocks: Any, exponents: Any, errors: Any, units: Any, codes: Any, scales: Any, packed: Any, result: Any
+) -> None:
+    for g in range(result.shape[0]):
+        largest = mxfp4.largest_code(blocks[g])
+        best, least = 0, np.float32(np.inf)
+        for d in range(3):
+            error = np.int32(0)
+            for i in range(16):
+                error += errors[largest, d, blocks[g, i]]
+            relative = np.float32(np.float32(error) * units[largest, d])
+            if relative < least:
+                best, least = d, relative
+        shift = (np.int64(exponents[g]) - 127) * 128
+        result[g] = np.int64(scales[largest, best]) + shift if largest else np.int64(_EPS)
+        target = codes[largest, best]
+        for i in range(16):
+            packed[g, i] = target[blocks[g, i]]
 
 
 @nb.njit(nogil=True, cache=True)

@@ -31,6 +31,23 @@ def _decoded() -> Bf16Bits:
 DECODED = _decoded()
 
 
+def _thresholds() -> Bf16Bits:
+    """For every shared exponent the least magnitude, as bits of bf16, of each code but the first: uint16 (256, 7).
+
+    Ties go to the even code, so every other bound is the bf16 above the midpoint.
+    """
+    midpoints = (MAGNITUDES[:-1] + MAGNITUDES[1:]).astype(np.float64) / 2
+    bits = (np.arange(0x7F81, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
+    bounds = midpoints * 2.0 ** (np.arange(256)[:, None] - 127)
+    from_above = np.searchsorted(bits, bounds, "right")
+    return np.where(np.arange(7) % 2, np.searchsorted(bits, bounds, "left"), from_above).astype(np.uint16)
+
+
+_THRESHOLDS = _thresholds()
+_SEEN = np.array([1 << (byte & 7) | 1 << (byte >> 4 & 7) for byte in range(256)], np.uint8)  # magnitudes of a byte
+_LARGEST = np.array([max(seen.bit_length() - 1, 0) for seen in range(256)], np.uint8)  # of those seen
+
+
 def dequantize(blocks: Bytes, scales: Bytes, name: str = "tensor", out: Bf16Bits | None = None) -> Bf16Bits:
     """Expand MXFP4 to bf16, exactly.
 
@@ -53,14 +70,15 @@ def quantize(rows: Bf16Bits, name: str = "tensor") -> tuple[Bytes, Bytes]:
     """
     groups = (*rows.shape[:-1], rows.shape[-1] // MXFP4_BLOCK)
     blocks, scales = np.empty((*groups, MXFP4_BLOCK // 2), np.uint8), np.empty(groups, np.uint8)
-    if _quantize(rows.reshape(-1), blocks.reshape(-1), scales.reshape(-1)) >= _BF16_INF:
+    if _quantize(rows.reshape(-1, 32), _THRESHOLDS, blocks.reshape(-1, 16), scales.reshape(-1)) >= _BF16_INF:
         raise_not_finite(name)
     return blocks, scales
 
 
 def squared_error(rows: Bf16Bits, blocks: Bytes, scales: Bytes) -> tuple[float, float]:
     """What rounding lost: the sum of squared differences, and of squared weights, as `quantize` has its arguments."""
-    error, norm = _squared_error(rows.reshape(-1), blocks.reshape(-1), scales.reshape(-1), DECODED)
+    decoded = (DECODED.astype(np.uint32) << 16).view(np.float32)
+    error, norm = _squared_error(rows.reshape(-1, 32), blocks.reshape(-1, 16), scales.reshape(-1), decoded)
     return float(error), float(norm)
 
 
@@ -92,43 +110,62 @@ def _dequantize(blocks: Any, scales: Any, decoded: Any, out: Any) -> None:
             out[g * 32 + 2 * j + 1] = row[byte >> 4]
 
 
+@nb.njit(nogil=True, inline="always")
+def largest_code(block: Any) -> Any:
+    """The largest of the 32 magnitudes' codes of a block of 16 bytes."""
+    seen = np.uint8(0)
+    for i in range(16):
+        seen |= _SEEN[block[i]]
+    return _LARGEST[seen]
+
+
+@nb.njit(nogil=True, inline="always")
+def peak_bits(row: Any) -> Any:
+    """The bits of the largest magnitude of some bf16."""
+    peak = np.uint16(0)
+    for i in range(row.shape[0]):  # a constant here would be unrolled, and then not run as vectors
+        peak = max(peak, np.uint16(row[i] & np.uint16(0x7FFF)))
+    return peak
+
+
 @nb.njit(nogil=True, cache=True)
-def _quantize(rows: Any, blocks: Any, scales: Any) -> Any:
+def _quantize(rows: Any, thresholds: Any, blocks: Any, scales: Any) -> Any:
     """Fill blocks and scales; gives the largest magnitude's bits, by which the caller sees NaN and infinity."""
-    codes: Any = np.empty(32, np.uint8)
-    largest: Any = np.uint16(0)
+    codes = np.empty(32, np.uint16)
+    pairs = codes.view(np.uint32)
+    largest = np.uint16(0)
     for g in range(scales.shape[0]):
-        peak: Any = np.uint16(0)
-        for i in range(32):
-            peak = max(peak, np.uint16(rows[g * 32 + i] & 0x7FFF))
+        peak = peak_bits(rows[g])
         largest = max(largest, peak)
-        scale: Any = max(np.int32(peak >> 7) - 2, 0)
-        inverse = np.float32(2.0) ** np.float32(127 - scale)
-        for i in range(32):
-            bits = rows[g * 32 + i]
-            a = np.uint32(np.uint32(bits & 0x7FFF) << np.uint32(16)).view(np.float32) * inverse
-            # ties go to the even code
-            code = (np.uint8(a > 0.25) + np.uint8(a >= 0.75) + np.uint8(a > 1.25) + np.uint8(a >= 1.75)
-                    + np.uint8(a > 2.5) + np.uint8(a >= 3.5) + np.uint8(a > 5.0))  # fmt: skip
-            codes[i] = code | np.uint8(bits >> 12) & np.uint8(8)
+        scale = max(np.int64(peak >> np.uint16(7)) - 2, 0)
         scales[g] = scale
+        bounds = thresholds[scale]
+        for i in range(32):
+            magnitude = np.uint16(rows[g, i] & np.uint16(0x7FFF))
+            code = np.uint16(0)
+            for k in range(7):
+                code += np.uint16(magnitude >= bounds[k])
+            codes[i] = code | (rows[g, i] >> np.uint16(12)) & np.uint16(8)
         for j in range(16):
-            blocks[g * 16 + j] = codes[2 * j] | (codes[2 * j + 1] << 4)
+            blocks[g, j] = pairs[j] | (pairs[j] >> np.uint32(12))
     return largest
 
 
 @nb.njit(nogil=True, cache=True)
 def _squared_error(rows: Any, blocks: Any, scales: Any, decoded: Any) -> Any:
-    error, norm = np.float64(0), np.float64(0)
+    # a sum for each place in a group: sums that may run beside each other
+    errors, norms = np.zeros(32, np.float64), np.zeros(32, np.float64)
+    weights, coded = np.empty(32, np.float32), np.empty(32, np.float32)
     for g in range(scales.shape[0]):
         row = decoded[scales[g]]
         for j in range(16):
-            byte = blocks[g * 16 + j]
-            for half in range(2):
-                bits = rows[g * 32 + 2 * j + half]
-                code = (byte >> (4 * half)) & 15
-                weight = np.float64(np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32))
-                coded = np.float64(np.uint32(np.uint32(row[code]) << np.uint32(16)).view(np.float32))
-                error += (weight - coded) ** 2
-                norm += weight**2
-    return error, norm
+            coded[2 * j] = row[blocks[g, j] & np.uint8(15)]
+            coded[2 * j + 1] = row[blocks[g, j] >> np.uint8(4)]
+        for i in range(32):
+            weights[i] = np.uint32(np.uint32(rows[g, i]) << np.uint32(16)).view(np.float32)
+        for i in range(32):
+            weight = np.float64(weights[i])
+            off = weight - np.float64(coded[i])
+            errors[i] += off * off
+            norms[i] += weight * weight
+    return errors.sum(), norms.sum()

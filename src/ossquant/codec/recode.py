@@ -37,11 +37,15 @@ def recode(source: Matrix, scheme: Scheme, name: str, expert: int | None = None)
         else:
             parts = bnb4.quantize(source, scheme, name)
         return {name + suffix: part for suffix, part in parts.items()}
+    if scheme.format == "int4":
+        prefix = int4_prefix(name, expert or 0)
+        if isinstance(source, Mxfp4Matrix):
+            parts = int4.transcode(source.blocks, source.scales, name)
+        else:
+            parts = int4.quantize(source, name)
+        return {prefix + suffix: part for suffix, part in parts.items()}
     rows = mxfp4.dequantize(source.blocks, source.scales, name) if isinstance(source, Mxfp4Matrix) else source
     if scheme.format == "mxfp4":
         blocks, scales = mxfp4.quantize(rows, name)
         return {f"{name}_blocks": blocks, f"{name}_scales": scales}
-    if scheme.format == "int4":
-        prefix = int4_prefix(name, expert or 0)
-        return {prefix + suffix: part for suffix, part in int4.quantize(rows, name).items()}
     return {name: np.ascontiguousarray(rows.T) if expert is not None else rows}
