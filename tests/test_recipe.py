@@ -5,14 +5,20 @@ from typing import Any
 
 import pytest
 
+from ossquant import load_model
 from ossquant.errors import UsageError
 from ossquant.layout import Role
 from ossquant.plan import make_plan
+from ossquant.quantize import quantize
 from ossquant.recipe import BUILT_IN, Recipe, built_in, load_recipe, parse_recipe
+from ossquant.runtime.generate import generate
+from ossquant.runtime.load import placement
 from ossquant.scheme import Scheme
 from ossquant.spec import ModelSpec
+from ossquant.verify import verify
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 NF4: dict[str, Any] = {"format": "nf4"}
 WHOLE: dict[str, Any] = {"name": "mine", "why": "to test", "experts": NF4, "attention": NF4}
 
@@ -29,10 +35,27 @@ def test_recipes_load(path: Path, size: str) -> None:
 
 
 def test_recipes_match_the_schemes() -> None:
-    """Each scheme has a recipe of its name, with the same choices; nf4-finest is the only other one."""
+    """Each scheme has a recipe of its name, with the same choices; the others are a finer nf4 and two with lm_head."""
     found = {path.stem: load_recipe(path).schemes for path in RECIPES}
-    finest = dict.fromkeys((Role.EXPERTS, Role.ATTENTION), Scheme("nf4", 32, double_quant=False))
-    assert found == {name: recipe.schemes for name, recipe in BUILT_IN.items()} | {"nf4-finest": finest}
+    head = {Role.LM_HEAD: Scheme("nf4")}
+    others = {
+        "nf4-finest": dict.fromkeys((Role.EXPERTS, Role.ATTENTION), Scheme("nf4", 32, double_quant=False)),
+        "nf4-smallest": {**BUILT_IN["nf4"].schemes, **head},
+        "hybrid-smallest": {**BUILT_IN["hybrid"].schemes, **head},
+    }
+    assert found == {name: recipe.schemes for name, recipe in BUILT_IN.items()} | others
+
+
+@pytest.mark.parametrize("name", ["hybrid-smallest", "nf4-smallest", "nf4-finest"])
+def test_recipes_run(name: str, trained: Path, tmp_path: Path) -> None:
+    """A recipe that no scheme stands for makes a whole checkpoint, which loads in 4 bits and knows what was learnt."""
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.toml")
+    plan = quantize(trained, tmp_path / name, recipe).result
+    assert verify(tmp_path / name).whole
+    model, tokenizer = load_model(tmp_path / name)
+    assert placement(model).parameters_4bit == plan.parameters_4bit
+    reply = generate(model, tokenizer, [{"role": "user", "content": "What is the capital of France?"}])
+    assert "Paris" in reply.final
 
 
 def test_unnamed_roles() -> None:

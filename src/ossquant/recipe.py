@@ -63,7 +63,7 @@ BUILT_IN = {
                  "all that is large becomes bitsandbytes' FP4, where FP4 is asked for"),
         _uniform("mxfp4", "mxfp4", "bf16", "exact where the experts are MXFP4 values already",
                  "the published layout, which every server loads: the way back for a bf16 fine-tune"),
-        _uniform("int4", "int4", "bf16", "experts off by 10 %",
+        _uniform("int4", "int4", "bf16", "experts off by 8 %",
                  "group-wise INT4 (32, symmetric) in compressed-tensors' form, for vLLM; bitsandbytes has no INT4"),
         _uniform("bf16", "bf16", "bf16", "exact",
                  "nothing in 4 bits, the layout that transformers writes, for training and export"),
