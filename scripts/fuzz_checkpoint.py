@@ -29,8 +29,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ossquant.checkpoint.manifest import MANIFEST, read_manifest
-from ossquant.checkpoint.reader import INDEX, open_checkpoint
-from ossquant.errors import OssquantError
+from ossquant.checkpoint.reader import CHECKPOINT_SUFFIXES, INDEX, open_checkpoint
+from ossquant.errors import CheckpointError, OssquantError
 from ossquant.quantize import quantize
 from ossquant.recipe import BUILT_IN
 from ossquant.verify import verify
@@ -56,6 +56,7 @@ class Case:
     files: dict[str, bytes]
     links: dict[str, str] = field(default_factory=dict)
     must_fail: str = ""  # why it may not be taken for sound
+    hashed: frozenset[str] = frozenset()  # files beside the weights that verify must find changed
 
     def any_file(self, suffix: str = "") -> str:
         """The name of one of the files."""
@@ -280,12 +281,15 @@ def make_case(seed: int, forms: dict[str, dict[str, bytes]]) -> tuple[Case, str]
     """The case of a seed, and the form it began as with what was done to it."""
     rng = random.Random(seed)  # noqa: S311  not a secret
     form = rng.choice(sorted(forms))
-    case = Case(rng, dict(forms[form]))
+    hashed = json.loads(forms[form].get(MANIFEST, b"{}")).get("side_files", ())
+    case = Case(rng, dict(forms[form]), hashed=frozenset(hashed))
     damages = rng.sample(DAMAGES, rng.choice([1, 1, 1, 2, 3]))
     for damage in damages:
         damage(case)
     if len(damages) > 1:
         case.must_fail = ""  # the second may have undone the first
+    changed = {name for name, data in forms[form].items() if case.files[name] != data} | case.links.keys()
+    case.hashed = case.hashed & changed if MANIFEST not in changed else frozenset()
     return case, f"{form}: {', '.join(damage.__name__ for damage in damages)}"
 
 
@@ -303,13 +307,14 @@ def run_case(seed: int, forms: dict[str, dict[str, bytes]]) -> str:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         outcomes = [
             _step(lambda: _open(folder)),
-            _step(lambda: verify(folder)),
+            _step(lambda: _verify(folder)),
             _step(lambda: quantize(folder, output, recipe, max_shard_size=size)),
         ]
         extra = _memory("VmHWM") - before
         assert extra < EXTRA_BYTES, f"{extra / 1e6:.0f} MB of memory"
         whole = (output / "config.json").exists()
         assert whole == (outcomes[2] == "sound"), f"the output looks {'' if whole else 'not '}whole: {outcomes}"
+        assert not (case.hashed and outcomes[1] == "sound"), f"unseen by verify: {', '.join(case.hashed)}"
         assert not (case.must_fail and outcomes[0] == "sound" and outcomes[2] == "sound"), f"unseen: {case.must_fail}"
         return next((outcome for outcome in outcomes if outcome != "sound"), "sound")
 
@@ -318,6 +323,12 @@ def _open(folder: Path) -> None:
     with open_checkpoint(folder) as checkpoint:
         assert checkpoint.plan.nbytes > 0
         read_manifest(folder)
+
+
+def _verify(folder: Path) -> None:
+    report = verify(folder)
+    if not report.whole:
+        raise CheckpointError(f"{report.faults[0].file}: {report.faults[0].kind}")
 
 
 def _step(action: Callable[[], object]) -> str:
@@ -387,11 +398,8 @@ def make_forms(folder: Path) -> dict[str, dict[str, bytes]]:
         quantize(folder / "bf16", folder / "again", BUILT_IN[name])
         verify(folder / "again")
         rmtree(folder / "again")
-    wanted = ("config.json", INDEX, MANIFEST, "generation_config.json")
     return {
-        place.name: {
-            path.name: path.read_bytes() for path in place.iterdir() if path.name in wanted or path.suffix == WEIGHTS
-        }
+        place.name: {path.name: path.read_bytes() for path in place.iterdir() if path.suffix in CHECKPOINT_SUFFIXES}
         for place in (TRAINED, *(folder / name for name in ("bf16", "hybrid", "nf4", "int4")))
     }
 

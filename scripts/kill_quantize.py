@@ -3,9 +3,11 @@
 
     scripts/kill_quantize.py
     scripts/kill_quantize.py --times 100 --layers 4 --seed 1
+    scripts/kill_quantize.py --scheme fp4 --scheme bf16
 
 Each round starts the job, sends SIGKILL at a moment drawn evenly from an undisturbed run's duration, and runs the
 same command to its end. A file that was finished when the kill came must be kept as it was, and not written again.
+The schemes take turns; mxfp4 is made of a bf16 checkpoint in several shards, the others of a published one.
 """
 
 import argparse
@@ -28,12 +30,31 @@ from ossquant.spec import ModelSpec, alternating_layer_types
 
 OSSQUANT = str(Path(sys.executable).parent / "ossquant")
 VOCAB = 4096  # the published 201,088 rows are 1.2 GB, and are only copied
+SCHEMES = ["nf4", "hybrid", "int4", "mxfp4"]
+SOURCE_SHARD = 400 * 10**6
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command, its output, and what it makes of that when nobody kills it: hashes, and seconds."""
+
+    scheme: str
+    command: list[str]
+    output: Path
+    expected: dict[str, str]
+    duration: float
+
+    @property
+    def files(self) -> int:
+        """How many files of weights it makes."""
+        return sum(name.endswith(".safetensors") for name in self.expected)
 
 
 @dataclass(frozen=True)
 class Round:
-    """One kill: when, how many files were finished then, and what the second run made of it."""
+    """One kill: of which scheme and when, how many files were finished then, and what the second run made of it."""
 
+    scheme: str
     moment: float
     finished: int
     kept: int
@@ -86,9 +107,10 @@ def is_checkpoint(folder: Path) -> bool:
         return False
 
 
-def kill_and_resume(command: list[str], output: Path, expected: dict[str, str], moment: float) -> Round | None:
+def kill_and_resume(job: Job, moment: float) -> Round | None:
     """Kill a run after moment seconds and run it again; None if all was done before."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    output, expected = job.output, job.expected
+    process = subprocess.Popen(job.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         process.wait(moment)
     except subprocess.TimeoutExpired:
@@ -99,44 +121,63 @@ def kill_and_resume(command: list[str], output: Path, expected: dict[str, str], 
     if looked_whole and hashes(output) == expected:
         return None  # it was about to exit
     before = finished_files(output)
-    again = subprocess.run(command, check=False, capture_output=True, text=True)
+    again = subprocess.run(job.command, check=False, capture_output=True, text=True)
     if again.returncode:
-        raise SystemExit(f"killed at {moment:.2f} s, the second run failed:\n{again.stderr}")
+        raise SystemExit(f"{job.scheme}, killed at {moment:.2f} s: the second run failed:\n{again.stderr}")
     kept = sum(_state(output / name) == state for name, state in before.items())
     found = hashes(output)
     different = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-    return Round(moment, len(before), kept, different, looked_whole)
+    return Round(job.scheme, moment, len(before), kept, different, looked_whole)
 
 
-def kill_often(folder: Path, arguments: argparse.Namespace) -> list[Round]:
-    """Make a checkpoint and an undisturbed result in folder, then kill as often as asked for."""
-    source, output = folder / "source", folder / "output"
-    plan = make_checkpoint(source, small_20b(arguments.layers))
-    command = [OSSQUANT, "quantize", str(source), str(output), "--scheme", arguments.scheme,
+def undisturbed(folder: Path, scheme: str, arguments: argparse.Namespace) -> Job:
+    """Make a scheme's source, if it is not there, and its result."""
+    form = "bf16" if scheme == "mxfp4" else "mxfp4"
+    source, output = folder / f"source-{form}", folder / "output"
+    if not source.exists():
+        nbytes = make_checkpoint(source, small_20b(arguments.layers), form, max_shard_size=SOURCE_SHARD).nbytes
+        print(f"source in {form}: {nbytes / 1e6:.0f} MB in {len(list(source.glob('*.safetensors')))} files", flush=True)
+    command = [OSSQUANT, "quantize", str(source), str(output), "--scheme", scheme,
                "--max-shard-size", arguments.max_shard_size]  # fmt: skip
     subprocess.run([*command, "--dry-run"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     started = time.monotonic()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    duration = time.monotonic() - started
-    expected = hashes(output)
-    files = sum(name.endswith(".safetensors") for name in expected)
-    print(
-        f"{plan.nbytes / 1e6:.0f} MB to {arguments.scheme} in {files} files; undisturbed: {duration:.1f} s", flush=True
-    )
+    job = Job(scheme, command, output, hashes(output), time.monotonic() - started)
+    rmtree(output)
+    print(f"{scheme}: {job.files} files; undisturbed: {job.duration:.1f} s", flush=True)
+    return job
+
+
+def kill_often(folder: Path, arguments: argparse.Namespace) -> list[Round]:
+    """Make sources and undisturbed results in folder, then kill the schemes in turns as often as asked for."""
+    jobs = [undisturbed(folder, scheme, arguments) for scheme in arguments.scheme]
     rng, rounds = random.Random(arguments.seed), []  # noqa: S311  not a secret
     while len(rounds) < arguments.times:
-        rmtree(output, ignore_errors=True)
-        done = kill_and_resume(command, output, expected, rng.uniform(0, duration))
+        job = jobs[len(rounds) % len(jobs)]
+        rmtree(job.output, ignore_errors=True)
+        done = kill_and_resume(job, rng.uniform(0, job.duration))
         if done is None:
             continue
         rounds.append(done)
         print(
-            f"{len(rounds):3}  killed at {done.moment:5.2f} s  {done.finished:3} of {files} files finished, "
-            f"{done.kept:3} kept  {'DIFFERENT: ' + ' '.join(done.different) if done.different else 'identical'}"
+            f"{len(rounds):3} {done.scheme:6} killed at {done.moment:5.2f} s  {done.finished:3} of {job.files} files "
+            f"finished, {done.kept:3} kept  "
+            f"{'DIFFERENT: ' + ' '.join(done.different) if done.different else 'identical'}"
             f"{'  TAKEN FOR A CHECKPOINT' if done.looked_whole else ''}",
             flush=True,
         )
     return rounds
+
+
+def summary(rounds: list[Round]) -> str:
+    """Say what came of some rounds; one that had finished files and kept none began from zero again."""
+    finished, kept = sum(done.finished for done in rounds), sum(done.kept for done in rounds)
+    from_zero = sum(done.finished > 0 and not done.kept for done in rounds)
+    return (
+        f"{len(rounds)} resumed, {sum(not done.different for done in rounds)} bit-identical, {from_zero} redone from "
+        f"zero; {finished - kept} of {finished} finished files written again; "
+        f"{sum(not done.finished for done in rounds)} killed with none finished"
+    )
 
 
 def main() -> None:
@@ -144,18 +185,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=25)
     parser.add_argument("--layers", type=int, default=2, help="0.42 GB each")
-    parser.add_argument("--scheme", default="nf4")
+    parser.add_argument("--scheme", action="append", help=f"may be given several times; {' '.join(SCHEMES)} if not")
     parser.add_argument("--max-shard-size", default="20MB")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", type=Path, help="a disk to work on; the system's temporary folder if not given")
     arguments = parser.parse_args()
+    arguments.scheme = arguments.scheme or SCHEMES
     with TemporaryDirectory(dir=arguments.folder) as folder:
         rounds = kill_often(Path(folder), arguments)
-    print(
-        f"{len(rounds)} resumed, {sum(not done.different for done in rounds)} bit-identical, "
-        f"{sum(not done.finished for done in rounds)} began with nothing finished, "
-        f"{sum(done.finished - done.kept for done in rounds)} finished files written again"
-    )
+    for scheme in dict.fromkeys(done.scheme for done in rounds):
+        print(f"{scheme:6}", summary([done for done in rounds if done.scheme == scheme]))
+    print("all   ", summary(rounds))
     sys.exit(not all(done.good for done in rounds))
 
 

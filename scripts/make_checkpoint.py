@@ -44,10 +44,12 @@ FORMS = {"mxfp4": Recipe("mxfp4", "published", {Role.EXPERTS: Scheme("mxfp4")}),
 TOKENIZER = Path(__file__).parent.parent / "tests/data/tiny/tokenizer.json"
 
 
-def make_checkpoint(output: Path, spec: ModelSpec, form: str = "mxfp4", seed: int = 0) -> Plan:
+def make_checkpoint(
+    output: Path, spec: ModelSpec, form: str = "mxfp4", seed: int = 0, max_shard_size: int = 5 * 10**9
+) -> Plan:
     """Write a checkpoint of spec. An interrupted one goes on when it is made again."""
     plan = make_plan(spec, FORMS[form])
-    shards = plan_shards(plan, 5 * 10**9)
+    shards = plan_shards(plan, max_shard_size)
     pool = _Pool(seed)
     with (
         CheckpointWriter(output, shards, {"seed": seed}, force=False) as writer,

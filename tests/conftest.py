@@ -1,8 +1,12 @@
 """Checkpoints to test with: random ones in the published layout, and the trained one in tests/data/tiny."""
 
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,3 +58,24 @@ def run_cli(*arguments: str | Path, **options: object) -> subprocess.CompletedPr
     """Run `ossquant` as a user does."""
     command = [str(Path(sys.executable).parent / "ossquant"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
+
+
+def killed(run: Callable[[], Any], folder: Path, operation: int) -> bool:
+    """Run in a child that dies at its nth operation on a file in folder; False if it came to its end."""
+    child = os.fork()
+    if child:
+        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    left = operation
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        if event in ("open", "os.mkdir", "os.remove", "os.rename") and str(arguments[0]).startswith(str(folder)):
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    try:
+        run()
+    finally:
+        os._exit(0)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,8 +19,8 @@ from safetensors.torch import load_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from ossquant.checkpoint.header import read_header
-from ossquant.checkpoint.manifest import MANIFEST, hash_checkpoint, hash_tensors, make_manifest, read_manifest
-from ossquant.checkpoint.reader import INDEX, open_checkpoint
+from ossquant.checkpoint.manifest import MANIFEST, hash_tensors, read_manifest
+from ossquant.checkpoint.reader import INDEX, JOB, open_checkpoint
 from ossquant.errors import CheckpointError
 from ossquant.layout import Role
 from ossquant.quantize import quantize
@@ -28,22 +29,12 @@ from ossquant.spec import alternating_layer_types
 from ossquant.verify import Fault, verify
 
 
-def write_manifest(folder: Path, source: Path, recipe: str) -> None:
-    with open_checkpoint(source) as made_of, open_checkpoint(folder) as checkpoint:
-        manifest = make_manifest(made_of, source.name, recipe, checkpoint.plan, hash_checkpoint(checkpoint))
-    (folder / MANIFEST).write_bytes(manifest.to_json())
-
-
 @pytest.fixture(scope="module")
 def made(quantized: dict[str, Path], trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The trained model in every scheme, with manifests; nf4-single in one file."""
-    folder = tmp_path_factory.mktemp("made")
-    quantize(trained, folder / "nf4-single", built_in("nf4").with_double_quant(False))
-    for scheme, path in quantized.items():
-        shutil.copytree(path, folder / scheme)
-    for path in folder.iterdir():
-        write_manifest(path, trained, path.name)
-    return {path.name: path for path in folder.iterdir()}
+    """The trained model in every scheme; nf4-single in one file."""
+    single = tmp_path_factory.mktemp("made") / "nf4-single"
+    quantize(trained, single, built_in("nf4").with_double_quant(False))
+    return quantized | {single.name: single}
 
 
 @pytest.fixture
@@ -79,6 +70,10 @@ def test_whole(made: dict[str, Path], scheme: str) -> None:
     assert report.comparison is None
     with open_checkpoint(made[scheme]) as checkpoint:
         assert report.hashes_agree == report.stored == len(checkpoint.stored)
+    beside = {path.name for path in made[scheme].iterdir()} - {path.name for path in checkpoint.files} - {MANIFEST}
+    assert report.manifest is not None
+    assert set(report.manifest.side_files) == beside
+    assert report.side_files_agree == len(beside) >= 5 + (scheme != "nf4-single")
 
 
 @pytest.mark.parametrize("scheme", ("hybrid", "nf4", "fp4", "bf16"))
@@ -146,6 +141,102 @@ def test_a_flipped_bit_in_a_header(copy: Callable[[str], Path]) -> None:
             assert not verify(folder).whole, (position, mask)
         flip(path, position, mask)
     assert verify(folder).whole
+
+
+def side_files(folder: Path) -> list[Path]:
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    return [folder / name for name in manifest.side_files]
+
+
+@pytest.mark.parametrize("scheme", ["hybrid", "nf4-single"])
+def test_a_flipped_bit_beside_the_weights(scheme: str, copy: Callable[[str], Path]) -> None:
+    """One bit of the config, the index, the tokenizer or any other side file is found, and the file is named."""
+    folder = copy(scheme)
+    random = np.random.default_rng(2)
+    for path in side_files(folder):
+        size = path.stat().st_size
+        for position in {0, size - 1, *(int(p) for p in random.integers(size, size=12))}:
+            mask = 1 << int(random.integers(8))
+            flip(path, position, mask)
+            try:
+                assert verify(folder).faults == (Fault(None, path.name, "differs"),)
+            except CheckpointError as error:  # what the folder cannot be opened without
+                assert path.name in ("config.json", INDEX)
+                assert f"{path.name}: not as {MANIFEST} has it" in error.message
+            flip(path, position, mask)
+    assert verify(folder).whole
+
+
+def test_missing_side_files(copy: Callable[[str], Path]) -> None:
+    """Each side file that is gone is named; without config.json or the index nothing opens, and they are named too."""
+    folder = copy("hybrid")
+    for path in side_files(folder):
+        path.rename(folder / "aside")
+        if path.name in ("config.json", INDEX):
+            with pytest.raises(CheckpointError, match=f"{path.name}: not as {MANIFEST}"):
+                verify(folder)
+        else:
+            report = verify(folder)
+            assert report.faults == (Fault(None, path.name, "not in the checkpoint"),)
+            assert report.hashes_agree == report.stored
+            assert report.side_files_agree == len(side_files(folder)) - 1
+        (folder / "aside").rename(path)
+
+
+def test_a_config_that_asks_for_other_tensors(copy: Callable[[str], Path]) -> None:
+    """Where a changed config only shows in the tensors, the config is named beside them."""
+    folder = copy("hybrid")
+    text = (folder / "config.json").read_text()
+    changed = text.replace('"num_hidden_layers": 4', '"num_hidden_layers": 5')
+    assert changed != text
+    (folder / "config.json").write_text(changed.replace('"layer_types"', '"types"'))
+    with pytest.raises(CheckpointError, match=rf"config\.json: not as {MANIFEST} has it; .*model\.layers\.4"):
+        verify(folder)
+
+
+def test_a_checkpoint_that_is_being_replaced(copy: Callable[[str], Path]) -> None:
+    """An unfinished job is called that, whatever the old manifest says."""
+    folder = copy("hybrid")
+    (folder / "config.json").unlink()
+    (folder / JOB).write_text("{}")
+    with pytest.raises(CheckpointError, match="unfinished job") as error:
+        verify(folder)
+    assert MANIFEST not in error.value.message
+
+
+def test_files_added_later(copy: Callable[[str], Path]) -> None:
+    """A file of the user's own is no fault, in whatever suffix; one that would be loaded as weights is."""
+    folder = copy("hybrid")
+    for name in ("README.md", "notes.txt", "added_tokens.json", ".gitattributes"):
+        (folder / name).write_text("{}")
+    assert verify(folder).whole
+    shutil.copy(sorted(folder.glob("*.safetensors"))[0], folder / "adapter.safetensors")
+    report = verify(folder)
+    assert report.faults == (Fault(None, "adapter.safetensors", "not in the manifest"),)
+    assert report.hashes_agree == report.stored
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_side_file(copy: Callable[[str], Path]) -> None:
+    """A side file that may not be read is an error that names it."""
+    folder = copy("hybrid")
+    (folder / "tokenizer.json").chmod(0)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: Permission denied"):
+        verify(folder)
+
+
+def test_names_of_side_files(trained: Path, tmp_path: Path) -> None:
+    """A side file of any name that can be shown is copied and hashed; one that would steer a terminal is left out."""
+    source = Path(shutil.copytree(trained, tmp_path / "source"))
+    for name in ("notes of mine.txt", "größe.json", "line\nend.json", ".json"):
+        (source / name).write_text("{}")
+    quantize(source, tmp_path / "out", built_in("hybrid"))
+    report = verify(tmp_path / "out")
+    assert report.whole
+    assert report.manifest is not None
+    assert {"notes of mine.txt", "größe.json"} < set(report.manifest.side_files)
+    assert not any((tmp_path / "out" / name).exists() for name in ("line\nend.json", ".json"))
 
 
 def test_swapped_tensors(copy: Callable[[str], Path]) -> None:

@@ -39,6 +39,11 @@ class TensorInfo:
         return prod(self.shape)
 
 
+def unsloth_name(name: str) -> str:
+    """The name that unsloth's 4-bit gpt-oss gives a tensor: its router is a module with a linear one inside."""
+    return name.replace(".mlp.router.", ".mlp.router.linear.")
+
+
 @cache
 def tensors(spec: ModelSpec) -> tuple[TensorInfo, ...]:
     """List the tensors in the order a forward pass meets them."""

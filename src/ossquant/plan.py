@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ossquant.errors import CheckpointError, UnsupportedError
-from ossquant.layout import Role, TensorInfo, tensors
+from ossquant.layout import Role, TensorInfo, tensors, unsloth_name
 from ossquant.recipe import BF16, Recipe
 from ossquant.scheme import BLOCK_SIZES, BNB_FORMATS, Scheme, StoredTensor, expert_name
 from ossquant.spec import ModelSpec
@@ -20,11 +20,13 @@ class TensorPlan:
     tensor: TensorInfo
     scheme: Scheme
     experts: Scheme | None = None  # of the experts that these biases belong to
+    unsloth: bool = False  # under the name that unsloth has for it
 
     @cached_property
     def stored(self) -> tuple[StoredTensor, ...]:
         """The stored tensors that stand for it."""
         name, shape = self.tensor.name, self.tensor.shape
+        name = unsloth_name(name) if self.unsloth else name
         if self.experts is not None and self.experts.is_bnb:
             # biases lie beside their experts, and bitsandbytes' experts lie one by one
             return tuple(part for e in range(shape[0]) for part in self.scheme.stored(expert_name(name, e), shape[1:]))
@@ -87,6 +89,11 @@ class Plan:
         """Whether anything is stored as bitsandbytes has it, so that our own loader must read it."""
         return any(self.scheme(role).is_bnb for role in QUANTIZED)
 
+    @property
+    def unsloth(self) -> bool:
+        """Whether it has unsloth's names."""
+        return any(entry.unsloth for entry in self.tensors)
+
     @cached_property
     def role_parameters(self) -> Mapping[Role, int]:
         """Parameters of each role's tensors."""
@@ -123,10 +130,10 @@ def make_plan(spec: ModelSpec, recipe: Recipe) -> Plan:
 
 def _entry(tensor: TensorInfo, recipe: Recipe) -> TensorPlan:
     if tensor.role is Role.EXPERT_BIAS:
-        return TensorPlan(tensor, recipe.scheme(tensor.role), recipe.scheme(Role.EXPERTS))
+        return TensorPlan(tensor, recipe.scheme(tensor.role), recipe.scheme(Role.EXPERTS), recipe.unsloth)
     scheme = recipe.scheme(tensor.role)
     scheme.check(tensor.name, tensor.shape)
-    return TensorPlan(tensor, scheme)
+    return TensorPlan(tensor, scheme, unsloth=recipe.unsloth)
 
 
 def read_plan(spec: ModelSpec, stored: Mapping[str, StoredTensor]) -> Plan:
@@ -134,7 +141,8 @@ def read_plan(spec: ModelSpec, stored: Mapping[str, StoredTensor]) -> Plan:
 
     Raises CheckpointError for a tensor that is missing, unexpected or of another shape or dtype.
     """
-    recipe = Recipe("as stored", "", {role: _detect(spec, stored, role) for role in QUANTIZED})
+    schemes = {role: _detect(spec, stored, role) for role in QUANTIZED}
+    recipe = Recipe("as stored", "", schemes, unsloth=_has_unsloth_names(spec, stored))
     plan = make_plan(spec, recipe)
     expected = set()
     for entry in plan.tensors:
@@ -145,6 +153,11 @@ def read_plan(spec: ModelSpec, stored: Mapping[str, StoredTensor]) -> Plan:
     if unexpected:
         raise CheckpointError(f"tensor '{unexpected}' is not part of a gpt-oss model stored this way")
     return plan
+
+
+def _has_unsloth_names(spec: ModelSpec, stored: Mapping[str, StoredTensor]) -> bool:
+    router = next(tensor.name for tensor in tensors(spec) if tensor.role is Role.ROUTER)
+    return router not in stored and unsloth_name(router) in stored
 
 
 def _check_stored(part: StoredTensor, stored: Mapping[str, StoredTensor]) -> None:

@@ -9,9 +9,9 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ossquant.checkpoint.manifest import MANIFEST, make_manifest
-from ossquant.checkpoint.reader import INDEX, SIDE_SUFFIXES, Checkpoint, open_checkpoint
-from ossquant.checkpoint.writer import CheckpointWriter, plan_shards
+from ossquant.checkpoint.manifest import MANIFEST, is_side_file, make_manifest
+from ossquant.checkpoint.reader import INDEX, Checkpoint, open_checkpoint
+from ossquant.checkpoint.writer import CheckpointWriter, TensorWriter, plan_shards
 from ossquant.codec import bnb4, mxfp4
 from ossquant.codec.recode import Matrix, Mxfp4Matrix, recode
 from ossquant.errors import CheckpointError, UnsupportedError, UsageError
@@ -39,6 +39,36 @@ MAX_THREADS = 8  # past this the disk, not the codec, sets the pace
 
 # bytes of the source done so far, of how many
 Progress = Callable[[int, int], None]
+# codes all that a writer needs, adds up the loss, gives the CPU seconds that other processes took
+Run = Callable[[Checkpoint, Plan, CheckpointWriter, "Loss", Progress | None], float]
+
+
+class Loss:
+    """Adds up, from any thread, what rounding to MXFP4 lost: sums of squared errors and of squared weights."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.error = self.norm = 0.0
+
+    def add(self, error: float, norm: float) -> None:
+        """Add the sums of a part."""
+        with self._lock:
+            self.error += error
+            self.norm += norm
+
+    @property
+    def relative(self) -> float | None:
+        """The relative Frobenius norm, None if nothing was rounded."""
+        return math.sqrt(self.error / self.norm) if self.norm else None
+
+
+def run_here(
+    checkpoint: Checkpoint, plan: Plan, writer: TensorWriter, loss: Loss, progress: Progress | None, cores: int = 0
+) -> float:
+    """Code all that the writer needs by threads of this process, for so many cores, or the machine's; see Run."""
+    threads = min(cores or os.cpu_count() or 1, MAX_THREADS) + 1  # one more, so that a core works while another waits
+    _run(_jobs(checkpoint, plan, writer, loss), checkpoint.plan.nbytes, threads, progress)
+    return 0.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +102,8 @@ def quantize(
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     force: bool = False,
     progress: Progress | None = None,
+    run: Run = run_here,
+    open_source: Callable[[str | Path], Checkpoint] = open_checkpoint,
 ) -> QuantizeReport:
     """Write SOURCE as recipe has it into the folder OUTPUT, which appears whole or not at all.
 
@@ -79,19 +111,17 @@ def quantize(
     DoesNotFitError.
     """
     started, cpu_started = time.monotonic(), time.process_time()
-    with open_checkpoint(source) as checkpoint:
+    with open_source(source) as checkpoint:
         _check_output(output, checkpoint.folder)
         plan = plan_quantize(checkpoint, recipe)
         shards = plan_shards(plan, max_shard_size)
         with CheckpointWriter(output, shards, _identity(checkpoint), force=force) as writer:
-            resumed = not all(writer.needs(shard.placed[0].tensor.name) for shard in shards)
-            loss = _Loss()
-            _run(_jobs(checkpoint, plan, writer, loss), checkpoint.plan.nbytes, progress)
+            resumed = len(writer.unfinished) < len(shards)
+            loss = Loss()
+            cpu_elsewhere = run(checkpoint, plan, writer, loss, progress)
             name = checkpoint.folder.name if Path(source).is_dir() else str(source)
             manifest = make_manifest(checkpoint, name, recipe.name, plan, writer.tensors)
-            writer.commit(
-                output_config(checkpoint.config, plan), plan.nbytes, side_files(checkpoint.folder), manifest.to_json()
-            )
+            writer.commit(output_config(checkpoint.config, plan), plan.nbytes, side_files(checkpoint.folder), manifest)
         return QuantizeReport(
             source=checkpoint.plan,
             result=plan,
@@ -99,7 +129,7 @@ def quantize(
             files=len(shards),
             resumed=resumed,
             seconds=time.monotonic() - started,
-            cpu_seconds=time.process_time() - cpu_started,
+            cpu_seconds=time.process_time() - cpu_started + cpu_elsewhere,
             mxfp4_error=loss.relative,
         )
 
@@ -124,7 +154,9 @@ def output_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """
     result = {key: value for key, value in config.items() if key != "quantization_config"}
     experts = plan.scheme(Role.EXPERTS)
-    if plan.has_bnb:
+    if plan.unsloth:
+        result["quantization_config"] = bitsandbytes_config(plan.scheme(Role.EXPERTS))
+    elif plan.has_bnb:
         result["quantization_config"] = quantization_config(*(plan.scheme(role) for role in QUANTIZED))
     elif experts.format == "int4":
         result["quantization_config"] = compressed_tensors_config()
@@ -159,6 +191,26 @@ def compressed_tensors_config() -> dict[str, Any]:
     }
 
 
+def bitsandbytes_config(scheme: Scheme) -> dict[str, Any]:
+    """The quantization_config of a checkpoint for unsloth: plain bitsandbytes, which does not say what experts are.
+
+    Source: transformers 5.23's BitsAndBytesConfig; unsloth 2026.10 leaves router and lm_head in 16 bits.
+    """
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": scheme.format,
+        "bnb_4bit_use_double_quant": scheme.double_quant,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": ["lm_head", "router"],
+        "llm_int8_threshold": 6.0,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_enable_fp32_cpu_offload": False,
+    }
+
+
 def quantization_config(experts: Scheme, attention: Scheme, lm_head: Scheme = BF16) -> dict[str, Any]:
     """The quantization_config of a checkpoint of ours."""
     config = {
@@ -174,9 +226,7 @@ def side_files(folder: Path) -> list[Path]:
     """What stands beside the weights and is copied verbatim: generation config, tokenizer, chat template."""
     replaced = {"config.json", INDEX, MANIFEST}
     return sorted(
-        path
-        for path in folder.iterdir()
-        if path.is_file() and path.name not in replaced and path.suffix in SIDE_SUFFIXES
+        path for path in folder.iterdir() if path.is_file() and path.name not in replaced and is_side_file(path.name)
     )
 
 
@@ -189,7 +239,7 @@ def _check_output(output: Path, source: Path) -> None:
 def _identity(checkpoint: Checkpoint) -> dict[str, Any]:
     files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in checkpoint.files]
     config = hashlib.sha256(repr(sorted(checkpoint.config.items())).encode()).hexdigest()
-    return {"files": files, "config": config, "ossquant": version("ossquant")}
+    return {"files": files, "config": config, "origin": checkpoint.origin, "ossquant": version("ossquant")}
 
 
 @dataclass(frozen=True)
@@ -200,30 +250,13 @@ class _Job:
     run: Callable[[], None]
 
 
-class _Loss:
-    """Adds up, from any thread, what rounding to MXFP4 lost."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._error = self._norm = 0.0
-
-    def add(self, error: float, norm: float) -> None:
-        with self._lock:
-            self._error += error
-            self._norm += norm
-
-    @property
-    def relative(self) -> float | None:
-        return math.sqrt(self._error / self._norm) if self._norm else None
-
-
-def _jobs(checkpoint: Checkpoint, plan: Plan, writer: CheckpointWriter, loss: _Loss) -> Iterator[_Job]:
+def _jobs(checkpoint: Checkpoint, plan: Plan, writer: TensorWriter, loss: Loss) -> Iterator[_Job]:
     """List the pieces in the plan's order; those of finished files count, but do nothing."""
     for old, new in zip(checkpoint.plan.tensors, plan.tensors, strict=True):
         if not any(writer.needs(part.name) for part in new.stored):
-            yield _Job(old.nbytes, lambda: None)
-        elif old.stored == new.stored:
-            yield from _copies(checkpoint, new, writer)
+            yield _Job(old.nbytes, _nothing)
+        elif _only_named_anew(old, new):
+            yield from _copies(checkpoint, old, new, writer)
         elif new.tensor.role is Role.EXPERT_BIAS:
             yield _Job(old.nbytes, partial(_split_bias, checkpoint, old, new, writer))
         elif new.tensor.numel > WEIGHTS_AT_ONCE and len(new.tensor.shape) == 2:
@@ -231,25 +264,43 @@ def _jobs(checkpoint: Checkpoint, plan: Plan, writer: CheckpointWriter, loss: _L
         else:
             experts = range(new.tensor.shape[0]) if new.tensor.role is Role.EXPERTS else [None]
             for expert in experts:
-                job = partial(_convert, checkpoint, old, new.scheme, expert, writer, loss)
+                needed = any(writer.needs(part.name) for part in _parts(new, expert))
+                job = partial(_convert, checkpoint, old, new.scheme, expert, writer, loss) if needed else _nothing
                 yield _Job(old.nbytes // len(experts), job)
 
 
-def _copies(checkpoint: Checkpoint, entry: TensorPlan, writer: CheckpointWriter) -> Iterator[_Job]:
-    for part in entry.stored:
-        if checkpoint.stored[part.name].nbytes != part.nbytes:
+def _only_named_anew(old: TensorPlan, new: TensorPlan) -> bool:
+    """Whether the bytes stay as they are."""
+    return old.stored == (new if old.unsloth == new.unsloth else replace(new, unsloth=old.unsloth)).stored
+
+
+def _nothing() -> None:
+    """Do the work of a piece that is done."""
+
+
+def _parts(entry: TensorPlan, expert: int | None) -> Sequence[StoredTensor]:
+    """The stored tensors that one expert goes to; all, if it is none or they are stacks."""
+    if expert is None or entry.scheme.format in STACKED:
+        return entry.stored
+    each = len(entry.stored) // entry.tensor.shape[0]  # they lie expert by expert
+    return entry.stored[expert * each : (expert + 1) * each]
+
+
+def _copies(checkpoint: Checkpoint, old: TensorPlan, new: TensorPlan, writer: TensorWriter) -> Iterator[_Job]:
+    for source, part in zip(old.stored, new.stored, strict=True):
+        if checkpoint.stored[source.name].nbytes != part.nbytes:
             yield _Job(part.nbytes, partial(_copy_state, checkpoint, part, writer))
             continue
         for offset in range(0, part.nbytes, COPY_BYTES):
             nbytes = min(COPY_BYTES, part.nbytes - offset)
-            yield _Job(nbytes, partial(_copy, checkpoint, part.name, offset, nbytes, writer))
+            yield _Job(nbytes, partial(_copy, checkpoint, source.name, part.name, offset, nbytes, writer))
 
 
-def _copy(checkpoint: Checkpoint, name: str, offset: int, nbytes: int, writer: CheckpointWriter) -> None:
+def _copy(checkpoint: Checkpoint, source: str, name: str, offset: int, nbytes: int, writer: TensorWriter) -> None:
     if writer.needs(name):
         buffer = memoryview(bytearray(nbytes))
-        checkpoint.read_into(name, buffer, offset)
-        _check_copied(checkpoint.stored[name], buffer)
+        checkpoint.read_into(source, buffer, offset)
+        _check_copied(checkpoint.stored[source], buffer)
         writer.write(name, buffer, offset, piece=COPY_BYTES)
 
 
@@ -261,7 +312,7 @@ def _check_copied(part: StoredTensor, buffer: memoryview) -> None:
         mxfp4.check_finite(np.frombuffer(buffer, np.uint16), part.name)
 
 
-def _copy_state(checkpoint: Checkpoint, part: StoredTensor, writer: CheckpointWriter) -> None:
+def _copy_state(checkpoint: Checkpoint, part: StoredTensor, writer: TensorWriter) -> None:
     """Copy a quant_state that another program wrote, to our length."""
     raw = bytearray(checkpoint.stored[part.name].nbytes)
     checkpoint.read_into(part.name, memoryview(raw))
@@ -274,11 +325,12 @@ def _copy_state(checkpoint: Checkpoint, part: StoredTensor, writer: CheckpointWr
 
 
 def _convert(
-    checkpoint: Checkpoint, old: TensorPlan, scheme: Scheme, expert: int | None, writer: CheckpointWriter, loss: _Loss
+    checkpoint: Checkpoint, old: TensorPlan, scheme: Scheme, expert: int | None, writer: TensorWriter, loss: Loss
 ) -> None:
     source = read_matrix(checkpoint, old, expert)
     parts = recode(source, scheme, old.tensor.name, expert)
-    if scheme.format == "mxfp4" and not isinstance(source, Mxfp4Matrix):
+    counts = writer.needs(next(iter(parts)))  # once, for blocks and scales may go to different files
+    if scheme.format == "mxfp4" and counts and not isinstance(source, Mxfp4Matrix):
         loss.add(*mxfp4.squared_error(source, *parts.values()))
     stacked = expert is not None and scheme.format in STACKED
     for name, part in parts.items():
@@ -290,7 +342,7 @@ def _convert(
 class _LargeMatrix:
     """A matrix that is coded some rows at a time: the codes are written as they come, the statistics at the end."""
 
-    def __init__(self, checkpoint: Checkpoint, old: TensorPlan, new: TensorPlan, writer: CheckpointWriter) -> None:
+    def __init__(self, checkpoint: Checkpoint, old: TensorPlan, new: TensorPlan, writer: TensorWriter) -> None:
         self.checkpoint, self.old, self.new, self.writer = checkpoint, old, new, writer
         self.rows, self.columns = new.tensor.shape
         self.at_once = max(1, WEIGHTS_AT_ONCE // self.columns)
@@ -321,7 +373,7 @@ class _LargeMatrix:
                     self.writer.write(name + suffix, _bytes(part))
 
 
-def _split_bias(checkpoint: Checkpoint, old: TensorPlan, new: TensorPlan, writer: CheckpointWriter) -> None:
+def _split_bias(checkpoint: Checkpoint, old: TensorPlan, new: TensorPlan, writer: TensorWriter) -> None:
     biases = bytearray(old.nbytes)
     view = memoryview(biases)
     checkpoint.read_into(old.tensor.name, view)
@@ -352,9 +404,8 @@ def _bytes(array: npt.NDArray[Any]) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def _run(jobs: Iterator[_Job], total: int, progress: Progress | None) -> None:
+def _run(jobs: Iterator[_Job], total: int, threads: int, progress: Progress | None) -> None:
     """Run the jobs on a few threads, never more in flight than twice the threads."""
-    threads = min(os.cpu_count() or 1, MAX_THREADS) + 1  # one more, so that a core works while another waits
     done = 0
     pending: dict[Future[None], int] = {}
     with ThreadPoolExecutor(threads, thread_name_prefix="quantize") as pool:

@@ -27,12 +27,16 @@ CHOICES: Mapping[Role, tuple[str, ...]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Recipe:
-    """A name, why one would want it, a scheme a role (bf16 if not named), and what is lost against MXFP4."""
+    """A name, why one would want it, a scheme a role (bf16 if not named), and what is lost against MXFP4.
+
+    unsloth asks for the names that unsloth's 4-bit checkpoints have.
+    """
 
     name: str
     why: str
     schemes: Mapping[Role, Scheme]
     loss: str = ""
+    unsloth: bool = False
 
     def scheme(self, role: Role) -> Scheme:
         """The scheme of a role's tensors."""
@@ -45,6 +49,17 @@ class Recipe:
             for role, scheme in self.schemes.items()
         }
         return replace(self, schemes=schemes)
+
+    def for_unsloth(self) -> "Recipe":
+        """The same recipe under unsloth's names. Raises UsageError if unsloth has no module for what it makes."""
+        if any(self.scheme(role).format != "nf4" for role in (Role.EXPERTS, Role.ATTENTION)) or (
+            self.scheme(Role.LM_HEAD) != BF16
+        ):
+            raise UsageError(
+                f"unsloth's layout has experts and attention in nf4 and lm_head in bf16, '{self.name}' has not",
+                hint="--scheme nf4 --to-unsloth",
+            )
+        return replace(self, unsloth=True)
 
 
 def _uniform(name: str, experts: str, attention: str, loss: str, why: str) -> Recipe:

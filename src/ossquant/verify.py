@@ -11,11 +11,12 @@ from ossquant.checkpoint.manifest import (
     MAX_PIECES,
     Manifest,
     Progress,
+    hash_file,
     hash_tensors,
     in_threads,
     read_manifest,
 )
-from ossquant.checkpoint.reader import Checkpoint, open_checkpoint
+from ossquant.checkpoint.reader import JOB, Checkpoint, open_checkpoint, resolve
 from ossquant.errors import CheckpointError
 from ossquant.layout import Role, TensorInfo
 from ossquant.plan import Plan
@@ -28,9 +29,9 @@ FaultKind = Literal["differs", "not in the manifest", "not in the checkpoint"]
 
 @dataclass(frozen=True)
 class Fault:
-    """A stored tensor that is not as the manifest has it, and the file it lies, or should lie, in."""
+    """A stored tensor that is not as the manifest has it, and the file it lies, or should lie, in; None: all of it."""
 
-    tensor: str
+    tensor: str | None
     file: str
     kind: FaultKind
 
@@ -64,19 +65,28 @@ class VerifyReport:
     @property
     def hashes_agree(self) -> int:
         """How many tensors have the bytes that the manifest promises."""
-        return self.stored - sum(fault.kind != "not in the checkpoint" for fault in self.faults) if self.manifest else 0
+        wrong = sum(fault.tensor is not None and fault.kind != "not in the checkpoint" for fault in self.faults)
+        return self.stored - wrong if self.manifest else 0
+
+    @property
+    def side_files_agree(self) -> int:
+        """How many of the manifest's side files are there with the bytes that it promises."""
+        listed = self.manifest.side_files if self.manifest else {}
+        return len(listed) - sum(fault.tensor is None and fault.file in listed for fault in self.faults)
 
 
 def verify(source: str | Path, against: str | Path | None = None, progress: Progress | None = None) -> VerifyReport:
     """Check a checkpoint's headers, its coverage of the layout and every hash of its manifest; measure its errors.
 
     What a header says of names, shapes and places must follow from config.json, so a flipped bit there is found as
-    one in the data is; its __metadata__ is not looked at. A checkpoint without a manifest is checked by its headers
-    alone. against: the checkpoint that it was made of. Raises UsageError, CheckpointError for headers, files and
-    weights that cannot be read, or a source of another shape.
+    one in the data is; its __metadata__ is not looked at. Config, index, tokenizer and whatever else the manifest
+    lists beside the weights must be there, byte for byte; a file that it does not list is a fault only if it would
+    be loaded as weights. A checkpoint without a manifest is checked by its headers alone. against: the checkpoint
+    that it was made of. Raises UsageError, CheckpointError for headers, files and weights that cannot be read, or a
+    source of another shape.
     """
     started = time.monotonic()
-    with open_checkpoint(source) as checkpoint:
+    with _open(source) as checkpoint:
         plan, manifest = checkpoint.plan, read_manifest(checkpoint.folder)
         hashed = plan.nbytes if manifest else 0
         if against is None:
@@ -99,6 +109,32 @@ def verify(source: str | Path, against: str | Path | None = None, progress: Prog
         )
 
 
+def _open(source: str | Path) -> Checkpoint:
+    """Open a checkpoint and read its plan; if that fails over a changed side file, the error names the file."""
+    try:
+        checkpoint = open_checkpoint(source)
+        checkpoint.plan  # noqa: B018  read here for its errors
+        return checkpoint
+    except CheckpointError as error:
+        changed = _changed_side_files(resolve(source))
+        if not changed:
+            raise
+        raise CheckpointError(
+            f"{', '.join(changed[:3])}: not as {MANIFEST} has it; {error.message}",
+            hint="fetch it again, or quantize again",
+        ) from error
+
+
+def _changed_side_files(folder: Path) -> list[str]:
+    if (folder / JOB).exists():  # the manifest may be that of a checkpoint which is being replaced
+        return []
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError:  # nothing to compare with
+        return []
+    return [fault.file for fault in _side_file_faults(folder, manifest)] if manifest else []
+
+
 def _meter(total: int, progress: Progress | None) -> Callable[[int], None]:
     """Make of progress, which is told all that is done, something that is told what is newly done."""
     so_far = 0
@@ -113,7 +149,7 @@ def _meter(total: int, progress: Progress | None) -> Callable[[int], None]:
 
 
 def _faults(checkpoint: Checkpoint, manifest: Manifest | None, done: Callable[[int], None]) -> list[Fault]:
-    """Compare every tensor's bytes with the manifest's hash, in the order of the plan."""
+    """Compare every tensor's bytes with the manifest's hash, in the order of the plan, then the side files."""
     if manifest is None:
         return []
     names = [part.name for entry in checkpoint.plan.tensors for part in entry.stored]
@@ -131,7 +167,29 @@ def _faults(checkpoint: Checkpoint, manifest: Manifest | None, done: Callable[[i
             faults.append(Fault(name, file, "differs"))
     known = set(names)
     gone = (name for name in manifest.tensors if name not in known)
-    return faults + [Fault(name, manifest.tensors[name].file, "not in the checkpoint") for name in gone]
+    faults += [Fault(name, manifest.tensors[name].file, "not in the checkpoint") for name in gone]
+    return faults + _side_file_faults(checkpoint.folder, manifest) + _more_weights(checkpoint)
+
+
+def _side_file_faults(folder: Path, manifest: Manifest) -> list[Fault]:
+    faults = []
+    for name, expected in manifest.side_files.items():
+        path = folder / name
+        try:
+            if not path.is_file():
+                faults.append(Fault(None, name, "not in the checkpoint"))
+            elif path.stat().st_size != expected.nbytes or hash_file(path) != expected:
+                faults.append(Fault(None, name, "differs"))
+        except OSError as error:
+            raise CheckpointError(f"{name}: {error.strerror}", hint="check the disk, and who may read it") from error
+    return faults
+
+
+def _more_weights(checkpoint: Checkpoint) -> list[Fault]:
+    """Files that belong to no tensor of the index, but that a program which takes *.safetensors would load."""
+    known = {path.name for path in checkpoint.files}
+    found = sorted(path.name for path in checkpoint.folder.iterdir() if path.suffix == ".safetensors")
+    return [Fault(None, name, "not in the manifest") for name in found if name not in known]
 
 
 def _check_shapes(checkpoint: Checkpoint, other: Checkpoint) -> None:

@@ -126,7 +126,7 @@ def test_header_length(length: int, tmp_path: Path) -> None:
 
 
 def test_header_limit(tmp_path: Path) -> None:
-    """A header beyond the library's own limit of 100 MB is refused, though the file holds it."""
+    """A header far beyond any model's is refused before it is read, though the file holds it."""
     path = tmp_path / "hostile.safetensors"
     with path.open("wb") as file:
         file.write((10**8 + 1).to_bytes(8, "little"))

@@ -102,8 +102,18 @@ def test_the_largest_model_passes() -> None:
     assert len(parse_json(json.dumps({"tensors": entries}, indent=1).encode(), "manifest")["tensors"]) == 65_703
 
 
+@pytest.mark.parametrize("size", [0, 1])
+@pytest.mark.parametrize("count", [80_000, 95_000])
+def test_many_tensors_in_one_file(folder: Path, count: int, size: int) -> None:
+    """A header of very many tensors, of a byte or none, is refused well within a second, at the limit and beyond."""
+    (folder / INDEX).unlink()
+    header, _ = build_header([StoredTensor(f"{i}", "U8", (size,)) for i in range(count)], {})
+    (folder / SINGLE).write_bytes(header + bytes(count * size))
+    assert_refused_cheaply(folder, "more tensors than any model has" if count > 80_000 else "in any form")
+
+
 def test_many_tensors_in_many_files(folder: Path) -> None:
-    """Headers that are sound one by one end at 131,072 tensors."""
+    """Headers that are sound one by one end at 80,000 tensors in all."""
     names = {}
     for number in range(2):
         header, _ = build_header([StoredTensor(f"{number}.{i}", "U8", (0,)) for i in range(70_000)], {})

@@ -416,6 +416,17 @@ def test_what_a_folder_holds_is_checked(hub: Hub, damage: Callable[[Hub], str]) 
     assert_refused(run_cli("fit", "--gpu", "4090", "--model", hub.folder), 3, words)
 
 
+def test_too_many_tensors_over_all_shards(hub: Hub, tmp_path: Path) -> None:
+    """Headers that are sound one by one end at 80,000 tensors in all; the files after those are not asked for."""
+    names = [f"model-{number}.safetensors" for number in range(4)]
+    for number, name in enumerate(names):
+        header, _ = build_header([StoredTensor(f"{number}.{i}", "U8", (0,)) for i in range(45_000)], {})
+        (hub.folder / name).write_bytes(header)
+    _index(hub, {f"{number}.0": name for number, name in enumerate(names)})
+    assert_refused(hub.fit(tmp_path), 3, "model-1.safetensors: more tensors than any model has")
+    assert {name for name, _, _ in hub.asked if name in names} == set(names[:2])
+
+
 def hang_up(handler: Handler) -> None:
     handler.give(b'{"model', length=1000)
     handler.close_connection = True

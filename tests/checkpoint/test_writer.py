@@ -5,7 +5,6 @@ import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from conftest import run_cli
+from conftest import killed, run_cli
 from ossquant.checkpoint.header import read_header
 from ossquant.checkpoint.reader import INDEX, open_checkpoint
 from ossquant.checkpoint.writer import CheckpointWriter, Shard, plan_shards
@@ -201,27 +200,6 @@ def test_old_weights_do_not_count_as_done(
         partial.unlink()
     quantize(source, tmp_path / "out", HYBRID, max_shard_size=SHARD, force=True)
     assert whole.items() <= contents(tmp_path / "out").items()
-
-
-def killed(run: Callable[[], Any], folder: Path, operation: int) -> bool:
-    """Run in a child that dies at its nth operation on a file in folder; False if it came to its end."""
-    child = os.fork()
-    if child:
-        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    left = operation
-
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal left
-        if event in ("open", "os.mkdir", "os.remove", "os.rename") and str(arguments[0]).startswith(str(folder)):
-            left -= 1
-            if not left:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(watch)
-    try:
-        run()
-    finally:
-        os._exit(0)
 
 
 @pytest.mark.parametrize("before", ["nothing", "another checkpoint"])

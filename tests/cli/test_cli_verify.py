@@ -8,18 +8,13 @@ from pathlib import Path
 import pytest
 
 from conftest import run_cli
-from ossquant.checkpoint.manifest import MANIFEST, hash_checkpoint, make_manifest
 from ossquant.checkpoint.reader import open_checkpoint
 
 
 @pytest.fixture
-def made(quantized: dict[str, Path], trained: Path, tmp_path: Path) -> Path:
-    """The trained model in nf4, with its manifest."""
-    folder = Path(shutil.copytree(quantized["nf4"], tmp_path / "nf4"))
-    with open_checkpoint(trained) as source, open_checkpoint(folder) as checkpoint:
-        manifest = make_manifest(source, "tiny", "nf4", checkpoint.plan, hash_checkpoint(checkpoint))
-    (folder / MANIFEST).write_bytes(manifest.to_json())
-    return folder
+def made(quantized: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the trained model in nf4."""
+    return Path(shutil.copytree(quantized["nf4"], tmp_path / "nf4"))
 
 
 def flip(folder: Path, name: str) -> str:
@@ -35,7 +30,7 @@ def test_whole(made: Path) -> None:
     """A whole checkpoint exits 0 and says how many hashes agree, and what it was made of."""
     done = run_cli("verify", made)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "whole: 583 tensors, 583 hashes agree"
+    assert done.stdout.splitlines()[-1] == "whole: 583 tensors, 583 hashes agree; 8 files beside them, 8 agree"
     assert "made of tiny by recipe nf4" in done.stdout
     assert "bits/weight" in done.stdout
 
@@ -49,6 +44,20 @@ def test_damaged(made: Path) -> None:
     assert f"{file}: '{name}' differs" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("not whole: 583 tensors, 582 hashes agree")
     assert file in done.stdout.splitlines()[-1]
+
+
+def test_a_changed_side_file(made: Path) -> None:
+    """A tokenizer that differs: exit code 3, the file, and what now; an added file of weights is to be removed."""
+    path = made / "tokenizer.json"
+    path.write_bytes(path.read_bytes().replace(b"1", b"2", 1))
+    done = run_cli("verify", made)
+    assert done.returncode == 3
+    assert done.stdout.splitlines()[-2] == "tokenizer.json: differs"
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("not whole: 583 tensors, 583 hashes agree; 8 files beside them, 7 agree; fetch again: token")
+    assert "quantize again" in last
+    (made / "more.safetensors").write_bytes(b"")
+    assert run_cli("verify", made).stdout.endswith("remove what was added: more.safetensors\n")
 
 
 def test_cut_short(made: Path) -> None:
@@ -90,6 +99,7 @@ def test_json(made: Path, trained: Path) -> None:
     report = json.loads(done.stdout)
     assert report["whole"] is True
     assert report["tensors"] == report["hashes_agree"] == 583
+    assert report["side_files"] == report["side_files_agree"] == 8
     assert report["manifest"]["source"] == "tiny"
     assert report["roles"]["experts"]["format"] == "nf4"
     assert 0.05 < report["roles"]["experts"]["relative_error"] < 0.1

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what it was made of, and a hash of every stored tensor."""
+"""The manifest of a checkpoint: what it was made of, a hash of every stored tensor and of every file beside them."""
 
 import hashlib
 import json
@@ -7,22 +7,19 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ossquant.checkpoint.header import parse_json
-from ossquant.checkpoint.reader import Checkpoint
+from ossquant.checkpoint.header import check_count, read_json
+from ossquant.checkpoint.reader import SIDE_SUFFIXES, Checkpoint
 from ossquant.errors import CheckpointError
 from ossquant.layout import Role
-from ossquant.plan import Plan, TensorPlan
+from ossquant.plan import Plan
 
 MANIFEST = "ossquant-manifest.json"  # beside config.json
 FORMAT_VERSION = 1
-PIECE_BYTES = 8 * 2**20
-MAX_BYTES = 32 * 2**20  # the 120b in nf4 has 65,703 stored tensors, 14.5 MB of manifest
-MAX_VALUES = 2**19  # by which parsing takes time and memory; that one has 330,000
 MAX_PIECES = 2**16  # of one tensor: half a terabyte in pieces of 8 MiB
 MAX_THREADS = 8
 _READ_BYTES = 2**20
@@ -49,6 +46,14 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
+class SideFile:
+    """A file beside the weights: its size in bytes, and the SHA-256 of all of it, in hex."""
+
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Source:
     """What a checkpoint was made of: its name, the name and size of each safetensors file, its config.json."""
 
@@ -59,7 +64,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Manifest:
-    """How a checkpoint was made and what its tensors' bytes are; scheme by role, tensors by stored name."""
+    """How a checkpoint was made and what its bytes are; scheme by role, tensors by stored name.
+
+    side_files, by name, are what was written beside the weights: config.json, the index, and what was copied from
+    the source. Files that are put there later are nobody's business, unless they hold weights.
+    """
 
     ossquant: str
     source: Source
@@ -67,6 +76,7 @@ class Manifest:
     scheme: Mapping[str, Mapping[str, Any]]
     versions: Mapping[str, str]
     tensors: Mapping[str, TensorEntry]
+    side_files: Mapping[str, SideFile] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
         """Write it as the file has it."""
@@ -98,21 +108,13 @@ class TensorHash:
         return _combine(self._digests[offset] for offset in sorted(self._digests))
 
 
-def piece_of(nbytes: int, stack: int) -> int:
-    """Bytes of a piece of a stored tensor: one expert's of a stack that is written expert by expert, else 8 MiB."""
-    return max(nbytes // stack if stack > 1 else min(nbytes, PIECE_BYTES), 1)
-
-
-def stack_of(entry: TensorPlan) -> int:
-    """How many experts lie one behind the other in each of a tensor's stored tensors; 1 if it is no stack."""
-    stacked = entry.tensor.role is Role.EXPERTS and entry.scheme.format in ("bf16", "mxfp4")
-    return entry.tensor.shape[0] if stacked else 1
-
-
 def make_manifest(
     source: Checkpoint, name: str, recipe: str, plan: Plan, tensors: Mapping[str, TensorEntry]
 ) -> Manifest:
-    """Describe the result of a job: plan and tensors are the result's, name is what the source is called."""
+    """Describe the result of a job: plan and tensors are the result's, name is what the source is called.
+
+    The side files are added as they are written.
+    """
     config = (source.folder / "config.json").read_bytes()
     return Manifest(
         ossquant=version("ossquant"),
@@ -128,17 +130,17 @@ def make_manifest(
     )
 
 
-def hash_checkpoint(checkpoint: Checkpoint) -> dict[str, TensorEntry]:
-    """Hash every stored tensor of a checkpoint, in the pieces that `quantize` would write."""
-    pieces = {
-        part.name: piece_of(checkpoint.stored[part.name].nbytes, stack_of(entry))
-        for entry in checkpoint.plan.tensors
-        for part in entry.stored
-    }
-    return {
-        name: TensorEntry(checkpoint.locations[name].path.name, pieces[name], sha256)
-        for name, sha256 in hash_tensors(checkpoint, pieces).items()
-    }
+def is_side_file(name: str) -> bool:
+    """Whether a file of this name belongs beside the weights: by its suffix, and a name that a terminal can show."""
+    shown = name.isprintable() and "/" not in name
+    return shown and len(name.encode()) < 256 and Path(name).suffix in SIDE_SUFFIXES
+
+
+def hash_file(path: Path) -> SideFile:
+    """Hash a side file, whatever its size. Raises OSError."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return SideFile(file.tell(), digest)
 
 
 def hash_tensors(
@@ -198,21 +200,20 @@ def read_manifest(folder: Path) -> Manifest | None:
     path = folder / MANIFEST
     if not path.exists():
         return None
-    if not path.is_file() or path.stat().st_size > MAX_BYTES:
-        raise _error("larger than any manifest, or no file")
+    if not path.is_file():
+        raise _error("no file")
     try:
-        raw = path.read_bytes()
+        return _parse(read_json(path))
     except OSError as error:
         raise _error(str(error.strerror)) from error
-    if sum(map(raw.count, (b"{", b"[", b","))) > MAX_VALUES:
-        raise _error("more keys and values than any manifest has")
-    return _parse(parse_json(raw, MANIFEST))
 
 
 def _parse(table: dict[str, Any]) -> Manifest:
     if table.get("format_version") != FORMAT_VERSION:
         raise _error(f"format_version is {str(table.get('format_version'))[:20]}, not {FORMAT_VERSION}")
-    _keys(table, {"format_version", "ossquant", "source", "recipe", "scheme", "versions", "tensors"}, "it")
+    _keys(table, {"format_version", *(each.name for each in fields(Manifest))}, "it")
+    tensors, side_files = (_object(table[key], key) for key in ("tensors", "side_files"))
+    check_count(len(tensors) + len(side_files), MANIFEST)
     return Manifest(
         ossquant=_text(table["ossquant"], "ossquant"),
         source=_source(_object(table["source"], "source")),
@@ -222,10 +223,8 @@ def _parse(table: dict[str, Any]) -> Manifest:
             _text(package, "versions"): _text(number, "versions")
             for package, number in _object(table["versions"], "versions").items()
         },
-        tensors={
-            _text(name, "a tensor's name"): _entry(_object(entry, "a tensor"))
-            for name, entry in _object(table["tensors"], "tensors").items()
-        },
+        tensors={_text(name, "a tensor's name"): _entry(_object(entry, "a tensor")) for name, entry in tensors.items()},
+        side_files={_side_name(name): _side_file(_object(entry, "a side file")) for name, entry in side_files.items()},
     )
 
 
@@ -256,6 +255,19 @@ def _entry(table: dict[str, Any]) -> TensorEntry:
     if type(piece) is not int or not 0 < piece < 2**63:
         raise _error("a tensor's piece is not a number of bytes")
     return TensorEntry(_shard(table["file"]), piece, _sha256(table["sha256"]))
+
+
+def _side_name(name: str) -> str:
+    if not is_side_file(name):
+        raise _error(f"'{name[:120]}' is not the name of a file beside the weights")
+    return name
+
+
+def _side_file(table: dict[str, Any]) -> SideFile:
+    _keys(table, {"nbytes", "sha256"}, "a side file")
+    if type(table["nbytes"]) is not int or not 0 <= table["nbytes"] < 2**63:
+        raise _error("a side file's nbytes is not a number of bytes")
+    return SideFile(table["nbytes"], _sha256(table["sha256"]))
 
 
 def _keys(table: dict[str, Any], keys: set[str], what: str) -> None:

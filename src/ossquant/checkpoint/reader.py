@@ -2,14 +2,14 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ossquant.checkpoint.header import Placed, read_header, read_json
+from ossquant.checkpoint.header import Placed, check_count, read_header, read_json, uncollected
 from ossquant.errors import CheckpointError, UsageError
 from ossquant.plan import Plan, read_plan
 from ossquant.scheme import StoredTensor
@@ -17,7 +17,6 @@ from ossquant.spec import ModelSpec
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_TENSORS = 2**17  # the 120b in nf4 has 65,703
 JOB = "ossquant-job.json"  # stands in a folder while it is being written
 SIDE_SUFFIXES = (".json", ".jinja", ".txt", ".model")  # config, tokenizer, chat template
 CHECKPOINT_SUFFIXES = (".safetensors", *SIDE_SUFFIXES)
@@ -42,6 +41,7 @@ class Checkpoint:
         self.folder = folder
         self.config = config
         self.locations = locations
+        self.origin: Mapping[str, Any] = {}  # what its bytes come from beside its files
         self._files: dict[Path, int] = {}
 
     @cached_property
@@ -137,6 +137,7 @@ def _refuse_strangers(folder: Path) -> None:
                 )
 
 
+@uncollected()
 def _locate(folder: Path) -> dict[str, Location]:
     if (folder / INDEX).is_file():
         weight_map = parse_weight_map(read_json(folder / INDEX))
@@ -145,36 +146,38 @@ def _locate(folder: Path) -> dict[str, Location]:
         weight_map, shards = None, [SINGLE]
     else:
         raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX}", hint="only safetensors are read")
-    headers: dict[str, list[Placed]] = {}
     files: set[tuple[int, int]] = set()
-    tensors = 0
-    for shard in shards:
+
+    def read(shard: str) -> list[Placed]:
         if not (folder / shard).is_file():
             raise CheckpointError(f"{shard}: named in {INDEX}, not in {folder}", hint="fetch this file")
         status = (folder / shard).stat()
         if (status.st_dev, status.st_ino) in files:  # else one large header could be read a thousand times
             raise CheckpointError(f"{shard}: another of the shards under a second name", hint="fetch this file")
         files.add((status.st_dev, status.st_ino))
-        headers[shard] = read_header(folder / shard)
-        tensors += len(headers[shard])
-        if tensors > MAX_TENSORS:
-            raise CheckpointError(f"{shard}: more tensors than any model has", hint="do not trust this checkpoint")
-    return join_headers(folder, headers, weight_map)
+        return read_header(folder / shard)
+
+    return locate(folder, shards, read, weight_map)
 
 
-def join_headers(
-    folder: Path, headers: Mapping[str, list[Placed]], weight_map: Mapping[str, str] | None
+def locate(
+    folder: Path, shards: Iterable[str], read: Callable[[str], list[Placed]], weight_map: Mapping[str, str] | None
 ) -> dict[str, Location]:
-    """Find every tensor by its name over the files; the index, if there is one, must say the same."""
+    """Find every tensor by its name in the shards' headers; the index, if there is one, must say the same.
+
+    read gives a shard's header. Raises CheckpointError, and reads no further, for more tensors than a model has.
+    """
     locations: dict[str, Location] = {}
-    for shard, header in headers.items():
+    for shard in shards:
+        path, header = folder / shard, read(shard)
+        check_count(len(locations) + len(header), shard)
         for placed in header:
             name = placed.tensor.name
             if name in locations:
                 raise CheckpointError(
                     f"{shard}: '{name}' stands in another file too", hint="fetch the checkpoint again"
                 )
-            locations[name] = Location(folder / shard, placed)
+            locations[name] = Location(path, placed)
     if weight_map is not None:
         _compare(weight_map, locations)
     return locations
@@ -185,8 +188,7 @@ def parse_weight_map(index: Mapping[str, Any]) -> dict[str, str]:
     table = index.get("weight_map")
     if not isinstance(table, dict) or not table:
         raise CheckpointError(f"{INDEX}: no weight_map", hint="fetch this file again")
-    if len(table) > MAX_TENSORS:
-        raise CheckpointError(f"{INDEX}: more tensors than any model has", hint="do not trust this checkpoint")
+    check_count(len(table), INDEX)
     for shard in set(map(str, table.values())):
         # ASCII, for a file name may have 255 bytes
         if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", shard, re.ASCII):

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from ossquant.checkpoint.header import Placed, parse_header, parse_json
-from ossquant.checkpoint.reader import INDEX, SINGLE, is_hub_id, join_headers, open_checkpoint, parse_weight_map
+from ossquant.checkpoint.reader import INDEX, SINGLE, is_hub_id, locate, open_checkpoint, parse_weight_map
 from ossquant.errors import CheckpointError, UsageError
 from ossquant.plan import Plan, read_plan
 from ossquant.spec import ModelSpec
@@ -48,7 +48,7 @@ def _read_remote(source: str) -> tuple[ModelSpec, Plan]:
     shards = sorted(set(weight_map.values())) if weight_map else [SINGLE]
     if len(shards) > MAX_FILES:
         raise CheckpointError(f"{INDEX}: names {len(shards)} files", hint="do not trust this checkpoint")
-    locations = join_headers(Path(source), {shard: repo.header(shard) for shard in shards}, weight_map)
+    locations = locate(Path(source), shards, repo.header, weight_map)
     return spec, read_plan(spec, {name: location.placed.tensor for name, location in locations.items()})
 
 

@@ -11,14 +11,17 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from ossquant.checkpoint.header import Placed, build_header
-from ossquant.checkpoint.manifest import MANIFEST, TensorEntry, TensorHash, hash_tensors
+from ossquant.checkpoint.manifest import MANIFEST, Manifest, SideFile, TensorEntry, TensorHash, hash_file, hash_tensors
 from ossquant.checkpoint.reader import CHECKPOINT_SUFFIXES, INDEX, JOB, SINGLE, Checkpoint, Location
 from ossquant.errors import CheckpointError, DoesNotFitError, UsageError
 from ossquant.plan import Plan
@@ -26,6 +29,9 @@ from ossquant.scheme import ITEMSIZE, StoredTensor
 from ossquant.units import size
 
 METADATA = {"format": "pt"}  # transformers asks for it
+_ATTEMPTS = "ossquant-attempts-"  # begins the name of a folder with what other processes write
+
+Entries = dict[str, TensorEntry]  # by the tensors' names
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,76 @@ def _shard(name: str, tensors: Sequence[StoredTensor]) -> Shard:
     return Shard(name, header, tuple(placed))
 
 
+class TensorWriter(Protocol):
+    """Takes the pieces of those tensors that it needs, from any thread, each byte once."""
+
+    def needs(self, name: str) -> bool:
+        """Whether a tensor is still to be written."""
+
+    def write(self, name: str, data: memoryview, offset: int = 0, piece: int = 0) -> None:
+        """Write a piece of a tensor; piece is the bytes of every piece but the last, the whole tensor if not given."""
+
+
+class ShardWriter:
+    """A TensorWriter of one file, which it creates; `done` is told of its tensors when the last byte is on the disk."""
+
+    def __init__(self, shard: Shard, path: Path, done: Callable[[Entries], None]) -> None:
+        self.shard = shard
+        self.path = path
+        self._finished = done
+        self._lock = threading.Lock()
+        self._placed = {placed.tensor.name: placed for placed in shard.placed}
+        self._hashes: dict[str, TensorHash] = {}
+        self._pieces: dict[str, int] = {}
+        self._left = sum(placed.tensor.nbytes for placed in shard.placed)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        os.pwrite(self._file, shard.header, 0)
+
+    def needs(self, name: str) -> bool:
+        """Whether a tensor belongs to the file."""
+        return name in self._placed
+
+    def write(self, name: str, data: memoryview, offset: int = 0, piece: int = 0) -> None:
+        """Write a piece of a tensor. Raises DoesNotFitError when the disk is full."""
+        placed = self._placed[name]
+        self._hash(placed.tensor, piece or placed.tensor.nbytes).add(offset, data)
+        position, view = placed.offset + offset, data
+        try:
+            while view:
+                done = os.pwrite(self._file, view[: 1 << 20], position)
+                view, position = view[done:], position + done
+            with self._lock:
+                self._left -= len(data)
+                last = not self._left
+            if last:
+                os.fsync(self._file)
+        except OSError as error:
+            raise _disk_error(error, self.path.parent) from error
+        if last:
+            self.close()
+            self._finished(self._entries())
+
+    def close(self) -> None:
+        """Close the file, whole or not."""
+        with self._lock:
+            if self._file >= 0:
+                os.close(self._file)
+                self._file = -1
+
+    def _hash(self, tensor: StoredTensor, piece: int) -> TensorHash:
+        with self._lock:
+            if tensor.name not in self._hashes:
+                self._hashes[tensor.name] = TensorHash(tensor.nbytes, piece)
+                self._pieces[tensor.name] = piece
+            return self._hashes[tensor.name]
+
+    def _entries(self) -> Entries:
+        return {
+            name: TensorEntry(self.shard.name, self._pieces[name], self._hashes[name].hexdigest())
+            for name in self._placed
+        }
+
+
 class CheckpointWriter:
     """Takes pieces of tensors from any thread; `commit` makes the folder a checkpoint.
 
@@ -82,12 +158,9 @@ class CheckpointWriter:
         self._force = force
         self._lock = threading.Lock()
         self._places = {placed.tensor.name: (shard, placed) for shard in shards for placed in shard.placed}
-        self._files: dict[str, int] = {}
-        self._done: dict[str, dict[str, TensorEntry]] = {}  # the tensors of each finished shard
-        self._hashes: dict[str, TensorHash] = {}
-        self._pieces: dict[str, int] = {}
+        self._files: dict[str, ShardWriter] = {}
+        self._done: dict[str, Entries] = {}  # the tensors of each finished shard
         self._committing = False
-        self._left = {shard.name: sum(p.tensor.nbytes for p in shard.placed) for shard in shards}
 
     def __enter__(self) -> "CheckpointWriter":
         self._claim_alone()
@@ -102,7 +175,7 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for file in self._files.values():
-            os.close(file)
+            file.close()
         self._files.clear()
         os.close(self._folder_file)  # and with it the lock
 
@@ -122,36 +195,55 @@ class CheckpointWriter:
         piece is the bytes of every piece but the last, the whole tensor if not given.
         Raises DoesNotFitError when the disk is full.
         """
-        shard, placed = self._places[name]
-        self._hash(placed.tensor, piece or placed.tensor.nbytes).add(offset, data)
-        position, view = placed.offset + offset, data
+        self._open(self._places[name][0]).write(name, data, offset, piece)
+
+    @property
+    def unfinished(self) -> list[Shard]:
+        """The shards that are still to be written."""
+        return [shard for shard in self.shards if shard.name not in self._done]
+
+    @contextmanager
+    def attempts(self) -> Iterator[Path]:
+        """Make a folder where other processes may write whole shards for `take`; it is gone afterwards.
+
+        Its name is new every time, so one who writes late, or sees another OUTPUT, finds nothing of that name.
+        """
+        folder = self.folder / f"{_ATTEMPTS}{uuid.uuid4().hex}"
         try:
-            file = self._open(shard)
-            while view:
-                done = os.pwrite(file, view[: 1 << 20], position)
-                view, position = view[done:], position + done
+            folder.mkdir()
         except OSError as error:
             raise _disk_error(error, self.folder) from error
-        with self._lock:
-            self._left[shard.name] -= len(data)
-            finished = not self._left[shard.name]
-        if finished:
-            self._finish(shard)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)  # what a late one may leave, the next run removes
 
-    def _hash(self, tensor: StoredTensor, piece: int) -> TensorHash:
-        with self._lock:
-            if tensor.name not in self._hashes:
-                self._hashes[tensor.name] = TensorHash(tensor.nbytes, piece)
-                self._pieces[tensor.name] = piece
-            return self._hashes[tensor.name]
+    def take(self, shard: Shard, path: Path, entries: Entries) -> None:
+        """Make a file that another process wrote the finished shard. Raises CheckpointError if it is not whole."""
+        try:
+            whole = path.stat().st_size == shard.nbytes and _header_is(path, shard.header)
+        except OSError:
+            whole = False
+        if not whole:
+            raise CheckpointError(
+                f"{shard.name}: not here as another machine has written it",
+                hint="OUTPUT must be one folder that all of them share; then run the command again",
+            )
+        try:
+            path.replace(self._partial(shard.name))
+        except OSError as error:
+            raise _disk_error(error, self.folder) from error
+        self._record(shard, entries)
 
     def commit(
-        self, config: Mapping[str, Any], total_size: int, side_files: Iterable[Path], manifest: bytes = b""
+        self, config: Mapping[str, Any], total_size: int, side_files: Iterable[Path], manifest: Manifest | None = None
     ) -> None:
-        """Give everything its name, config.json last. Raises CheckpointError if a shard is not whole."""
-        unfinished = [shard.name for shard in self.shards if shard.name not in self._done]
-        if unfinished:
-            raise CheckpointError(f"{unfinished[0]}: not all of it was written", hint="run the command again")
+        """Give everything its name, config.json last. Raises CheckpointError if a shard is not whole.
+
+        The manifest gets the hashes of what is written beside the weights.
+        """
+        if self.unfinished:
+            raise CheckpointError(f"{self.unfinished[0].name}: not all of it was written", hint="run the command again")
         side_files = list(side_files)
         try:
             (self.folder / "config.json").unlink(missing_ok=True)
@@ -164,11 +256,15 @@ class CheckpointWriter:
             self._remove_strangers({path.name for path in side_files})
             for path in side_files:
                 _copy_whole(path, self.folder / path.name)
+            made = {"config.json": json.dumps(config, indent=2).encode() + b"\n"}
             if len(self.shards) > 1:
-                _write_whole(self.folder / INDEX, self._index(total_size))
+                made[INDEX] = self._index(total_size)
+                _write_whole(self.folder / INDEX, made[INDEX])
             if manifest:
-                _write_whole(self.folder / MANIFEST, manifest)
-            _write_whole(self.folder / "config.json", json.dumps(config, indent=2).encode() + b"\n")
+                hashes = {path.name: hash_file(self.folder / path.name) for path in side_files}
+                hashes |= {name: SideFile(len(data), hashlib.sha256(data).hexdigest()) for name, data in made.items()}
+                _write_whole(self.folder / MANIFEST, replace(manifest, side_files=hashes).to_json())
+            _write_whole(self.folder / "config.json", made["config.json"])
             (self.folder / JOB).unlink()
             _sync_folder(self.folder)
         except OSError as error:
@@ -202,6 +298,8 @@ class CheckpointWriter:
             for stale in self.folder.glob("*.partial"):
                 if stale.name.removesuffix(".partial") not in self._done:
                     stale.unlink()
+            for stale in self.folder.glob(f"{_ATTEMPTS}*"):
+                shutil.rmtree(stale, ignore_errors=True)
             self._check_room()
             self._save_journal()
         except OSError as error:
@@ -217,7 +315,7 @@ class CheckpointWriter:
             what = "holds another unfinished job" if job.exists() else "exists and is not empty"
             raise UsageError(f"{self.folder} {what}", hint="choose another OUTPUT, or --force to replace it")
 
-    def _is_whole(self, shard: Shard, listed: Mapping[str, Mapping[str, TensorEntry]]) -> bool:
+    def _is_whole(self, shard: Shard, listed: Mapping[str, Entries]) -> bool:
         """Whether a shard that the journal lists is there, byte for byte."""
         named = [self.folder / shard.name] if self._committing else []  # else that is a checkpoint to be replaced
         for path in (self._partial(shard.name), *named):
@@ -226,7 +324,7 @@ class CheckpointWriter:
         return False
 
     def _check_room(self) -> None:
-        needed = sum(shard.nbytes for shard in self.shards if shard.name not in self._done)
+        needed = sum(shard.nbytes for shard in self.unfinished)
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise DoesNotFitError(
@@ -234,24 +332,22 @@ class CheckpointWriter:
                 hint="free some space or choose another disk",
             )
 
-    def _open(self, shard: Shard) -> int:
+    def _open(self, shard: Shard) -> ShardWriter:
         with self._lock:
             if shard.name not in self._files:
-                file = os.open(self._partial(shard.name), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-                self._files[shard.name] = file
-                os.pwrite(file, shard.header, 0)
+                try:
+                    self._files[shard.name] = ShardWriter(
+                        shard, self._partial(shard.name), partial(self._record, shard)
+                    )
+                except OSError as error:
+                    raise _disk_error(error, self.folder) from error
             return self._files[shard.name]
 
-    def _finish(self, shard: Shard) -> None:
+    def _record(self, shard: Shard, entries: Entries) -> None:
         try:
-            os.fsync(self._files[shard.name])
             with self._lock:
-                os.close(self._files.pop(shard.name))
-                names = [placed.tensor.name for placed in shard.placed]
-                self._done[shard.name] = {
-                    name: TensorEntry(shard.name, self._pieces.pop(name), self._hashes.pop(name).hexdigest())
-                    for name in names
-                }
+                self._done[shard.name] = entries
+                self._files.pop(shard.name, None)
                 self._save_journal()
         except OSError as error:
             raise _disk_error(error, self.folder) from error
@@ -300,7 +396,7 @@ def _read_journal(path: Path) -> dict[str, Any]:
     return journal if sound else {}
 
 
-def _listed(journal: Mapping[str, Any]) -> dict[str, dict[str, TensorEntry]]:
+def _listed(journal: Mapping[str, Any]) -> dict[str, Entries]:
     """The finished shards of a journal of ours, which our own digest vouches for."""
     return {
         shard: {name: TensorEntry(shard, piece, sha256) for name, (piece, sha256) in entries.items()}
@@ -313,7 +409,7 @@ def _header_is(path: Path, header: bytes) -> bool:
         return file.read(len(header)) == header
 
 
-def _hashes_are(path: Path, shard: Shard, entries: Mapping[str, TensorEntry]) -> bool:
+def _hashes_are(path: Path, shard: Shard, entries: Entries) -> bool:
     locations = {placed.tensor.name: Location(path, placed) for placed in shard.placed}
     with Checkpoint(path.parent, {}, locations) as written:
         found = hash_tensors(written, {name: entries[name].piece for name in locations})

@@ -1,5 +1,6 @@
 """ossquant quantize: make the 4-bit checkpoint."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,11 +13,17 @@ from ossquant.recipe import BUILT_IN, Recipe, built_in, load_recipe
 from ossquant.units import count, parse_size, size
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ossquant.checkpoint.reader import Checkpoint
     from ossquant.plan import Plan
     from ossquant.quantize import QuantizeReport
 
 DEFAULT_SCHEME = "hybrid"
+FOR_UNSLOTH = (
+    "this layout is for unsloth and ossquant. Stock transformers opens it without an error and fills the experts with "
+    "random numbers; without --to-unsloth it would refuse."
+)
 
 
 def quantize(
@@ -31,6 +38,13 @@ def quantize(
     max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 5GB.")] = "5GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the checkpoint in OUTPUT.")] = False,
+    to_unsloth: Annotated[
+        bool, typer.Option("--to-unsloth", help="nf4 under the names of unsloth's 4-bit checkpoints, for unsloth.")
+    ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Run on a Ray cluster over a shared disk: auto, or HOST:PORT."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a 4-bit checkpoint. Needs neither torch nor a GPU.
@@ -38,6 +52,7 @@ def quantize(
     Run the same command again after an interruption: it goes on with the files that are done.
     """
     recipe = _recipe(scheme, recipe_file, double_quant)
+    recipe = recipe.for_unsloth() if to_unsloth else recipe
     shard_size = parse_size(max_shard_size)
     if shard_size < 1:
         raise UsageError("--max-shard-size must be at least 1 byte")
@@ -46,7 +61,7 @@ def quantize(
     elif output is None:
         raise UsageError("OUTPUT is missing", hint="name the folder to write, or --dry-run to see the plan")
     else:
-        _write(source, output, recipe, shard_size, force, as_json)
+        _write(source, output, recipe, shard_size, force, ray, as_json)
 
 
 def _recipe(scheme: str | None, recipe_file: Path | None, double_quant: bool | None) -> Recipe:
@@ -67,29 +82,43 @@ def _print_plan(source: str, recipe: Recipe, as_json: bool) -> None:
             render.print_json({"source": source, "scheme": recipe.name, **_plan_json(plan)})
             return
         render.note(_costs(checkpoint, recipe))
+        if recipe.unsloth:
+            render.note(f"warning: {FOR_UNSLOTH}")
     render.print_plan(plan, f"{source} as {recipe.name}")
 
 
-def _write(source: str, output: Path, recipe: Recipe, shard_size: int, force: bool, as_json: bool) -> None:
+def _write(
+    source: str, output: Path, recipe: Recipe, shard_size: int, force: bool, ray: str | None, as_json: bool
+) -> None:
     from ossquant.checkpoint.reader import open_checkpoint
     from ossquant.cli import render
 
     with open_checkpoint(source) as checkpoint:
         render.note(_costs(checkpoint, recipe))
-    from ossquant.quantize import (
-        quantize as write_quantized,
-    )  # numba takes a moment, a wrong SOURCE need not wait for it
-
+    write_quantized = _quantizer(ray)
     try:
         with render.byte_progress(recipe.name) as progress:
             report = write_quantized(source, output, recipe, max_shard_size=shard_size, force=force, progress=progress)
     except KeyboardInterrupt:
         render.note(f"interrupted; the same command goes on from here. {output} is not a checkpoint yet.")
         raise typer.Exit(130) from None
+    if recipe.unsloth:
+        render.note(f"warning: {FOR_UNSLOTH}")
     if as_json:
-        render.print_json(_report_json(report, recipe))
+        render.print_json(report_json(report, recipe))
     else:
-        render.out.print(_summary(report), soft_wrap=True)
+        render.out.print(summary(report), soft_wrap=True)
+
+
+def _quantizer(ray: str | None) -> "Callable[..., QuantizeReport]":
+    """What does the work; loaded late, for numba takes a moment that a wrong SOURCE need not wait."""
+    if ray is None:
+        from ossquant.quantize import quantize as here
+
+        return here
+    from ossquant.quantize_ray import quantize_on_ray
+
+    return partial(quantize_on_ray, ray)
 
 
 def _costs(checkpoint: "Checkpoint", recipe: Recipe) -> str:
@@ -105,7 +134,8 @@ def _costs(checkpoint: "Checkpoint", recipe: Recipe) -> str:
     return f"{recipe.name}: {recipe.why}. Stored now: {size(checkpoint.plan.nbytes)}; would be: {costs}.{warning}"
 
 
-def _summary(report: "QuantizeReport") -> str:
+def summary(report: "QuantizeReport") -> str:
+    """One line: what was made, in what time, and what rounding lost."""
     result = report.result
     resumed = ", resumed" if report.resumed else ""
     return (
@@ -141,7 +171,8 @@ def _plan_json(plan: "Plan") -> dict[str, Any]:
     }
 
 
-def _report_json(report: "QuantizeReport", recipe: Recipe) -> dict[str, Any]:
+def report_json(report: "QuantizeReport", recipe: Recipe) -> dict[str, Any]:
+    """What was made, for --json."""
     return {
         "output": str(report.output),
         "scheme": recipe.name,

@@ -50,7 +50,8 @@ def _print(report: "VerifyReport", checkpoint: str, worst: int) -> None:
         made = report.manifest
         render.print_line(f"made of {made.source.name} by recipe {made.recipe}, ossquant {made.ossquant}")
     for fault in report.faults[:FAULTS_SHOWN]:
-        render.print_line(f"{fault.file}: '{fault.tensor}' {fault.kind}")
+        tensor = f"'{fault.tensor}' " if fault.tensor else ""
+        render.print_line(f"{fault.file}: {tensor}{fault.kind}")
     if len(report.faults) > FAULTS_SHOWN:
         render.print_line(f"… and {len(report.faults) - FAULTS_SHOWN} more")
     render.print_line(_verdict(report))
@@ -59,11 +60,23 @@ def _print(report: "VerifyReport", checkpoint: str, worst: int) -> None:
 def _verdict(report: "VerifyReport") -> str:
     if report.manifest is None:
         return f"whole by its headers: {report.stored} tensors; no manifest, so no hash is checked"
-    hashes = f"{report.stored} tensors, {report.hashes_agree} hashes agree"
+    hashes = (
+        f"{report.stored} tensors, {report.hashes_agree} hashes agree; "
+        f"{len(report.manifest.side_files)} files beside them, {report.side_files_agree} agree"
+    )
     if report.whole:
         return f"whole: {hashes}"
+    return f"not whole: {hashes}; {_cure(report)}"
+
+
+def _cure(report: "VerifyReport") -> str:
+    added = sorted({fault.file for fault in report.faults if not fault.tensor and fault.kind == "not in the manifest"})
+    if added:
+        return f"remove what was added: {', '.join(added[:3])}"
     files = ", ".join(sorted({fault.file for fault in report.faults})[:3])
-    return f"not whole: {hashes}; fetch or make again: {files}"
+    if any(fault.tensor for fault in report.faults):
+        return f"fetch or make again: {files}"
+    return f"fetch again: {files}; or, if you changed it on purpose, change it in the source and quantize again"
 
 
 def _print_errors(plan: "Plan", comparison: "Comparison", title: str, worst: int) -> None:
@@ -96,6 +109,8 @@ def _report_json(report: "VerifyReport", checkpoint: str, against: str | None, w
         "bytes": report.plan.nbytes,
         "manifest": made and {"source": made.source.name, "recipe": made.recipe, "ossquant": made.ossquant},
         "hashes_agree": report.hashes_agree,
+        "side_files": len(made.side_files) if made else 0,
+        "side_files_agree": report.side_files_agree,
         "faults": [{"tensor": f.tensor, "file": f.file, "kind": f.kind} for f in report.faults],
         "roles": {
             total.role.value: {"format": total.scheme.format, "bits_per_weight": round(total.bits_per_weight, 4)}
