@@ -61,9 +61,9 @@ print(json.dumps({"status": status, "wall": time.monotonic() - started,
 Run = dict[str, float]  # wall and CPU seconds, peak resident bytes, whether the page cache was dropped
 
 
-def time_command(command: list[str]) -> Run:
-    """Run a command and measure it."""
-    dropped = drop_page_cache()
+def time_command(command: list[str], drop: Callable[[], bool] | None = None) -> Run:
+    """Run a command and measure it, after dropping the page cache."""
+    dropped = (drop or drop_page_cache)()
     launcher = [sys.executable, "-I", "-S", "-c", LAUNCH, *command]
     found: Run = json.loads(subprocess.run(launcher, check=True, capture_output=True).stdout)
     if found.pop("status"):

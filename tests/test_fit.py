@@ -388,10 +388,10 @@ def test_no_obstacle_elsewhere() -> None:
 
 
 def test_several_devices_add_up() -> None:
-    """Several devices have their memory together, under transformers only one of them, under vLLM those of --tp."""
+    """Several devices have their memory together, under vLLM those of --tp."""
     usable = find_device("4090").usable_bytes
     assert verdict_of("20b", "gguf-q8", "llama.cpp", "4x4090").usable == 4 * usable
-    assert verdict_of("20b", "mxfp4", "transformers", "4x4090").usable == usable
+    assert verdict_of("20b", "mxfp4", "transformers", "4x4090").usable == 4 * usable
     assert verdict_of("20b", "mxfp4", "vllm", "4x4090").usable == int(0.92 * 4 * usable)
     asked = {"tensor_parallel": 2, "gpu_memory_utilization": 0.5}
     assert verdict_of("20b", "mxfp4", "vllm", "4x4090", **asked).usable == usable

@@ -149,7 +149,7 @@ class _Question:
     def offloaded(self, workload: Workload) -> Workload | None:
         """The workload with as little on the host as fits the devices; None if nothing does, or the engine cannot."""
         engine, layers = self.candidate.engine, self.candidate.plan.spec.num_hidden_layers
-        if self.machine.device.unified_memory or engine.name not in ("llama.cpp", "ollama"):
+        if self.machine.device.unified_memory or not _offloads(self.candidate):
             return None
         if engine.offloads_experts:
             moved = [replace(workload, n_cpu_moe=count) for count in range(1, layers + 1)]
@@ -205,9 +205,14 @@ class _Question:
         return host is None or needed.host_total <= host
 
 
-def _devices_used(candidate: Candidate, machine: Machine, workload: Workload) -> int:
+def _offloads(candidate: Candidate) -> bool:
+    """Whether what does not fit can lie in host memory; of transformers, only `ossquant run` does so."""
     if candidate.engine.name == "transformers":
-        return 1
+        return candidate.plan.has_bnb
+    return candidate.engine.name in ("llama.cpp", "ollama")
+
+
+def _devices_used(candidate: Candidate, machine: Machine, workload: Workload) -> int:
     split = workload.tensor_parallel if candidate.engine.name == "vllm" else None
     return min(split or machine.count, machine.count)
 

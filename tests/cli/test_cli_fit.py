@@ -495,7 +495,7 @@ def check_object(row: dict[str, Any]) -> None:
     assert set(host) == {"weights", "total"}
     assert 0 <= host["weights"] <= host["total"]
     assert row["headroom"] == device["usable"] - memory["total"]["expected"]
-    assert (row["n_cpu_moe"] is None) == (row["engine"] != "llama.cpp")
+    assert (row["n_cpu_moe"] is None) == (row["engine"] not in ("llama.cpp", "transformers"))
     assert 0 <= row["longest_max_model_len"] <= 131072
     assert type(row["most_num_seqs"]) is int
     if row["decode_tokens_per_second"]:

@@ -143,7 +143,7 @@ def test_foreign_options() -> None:
         "llama.cpp": ["gpu_memory_utilization"],
         "ollama": ["n_cpu_moe", "gpu_memory_utilization"],
         "vllm": ["ubatch", "n_cpu_moe", "kv_cache_dtype q8_0"],
-        "transformers": ["ubatch", "n_cpu_moe", "gpu_memory_utilization", "kv_cache_dtype q8_0"],
+        "transformers": ["ubatch", "gpu_memory_utilization", "kv_cache_dtype q8_0"],
     }
     for engine in ENGINES:
         assert foreign_options(Engine(engine), workload_for(Engine(engine), workload)) == []

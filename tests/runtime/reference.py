@@ -12,8 +12,8 @@ from safetensors import safe_open
 from transformers import AutoConfig, GptOssForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-ATTENTION = {"hybrid": "nf4", "nf4": "nf4", "fp4": "fp4", "bf16": None}
-EXPERTS = {"hybrid": None, "nf4": "nf4", "fp4": "fp4", "bf16": None}
+ATTENTION = {"hybrid": "nf4", "nf4": "nf4", "fp4": "fp4", "mxfp4": None, "bf16": None}
+EXPERTS = {"hybrid": None, "nf4": "nf4", "fp4": "fp4", "mxfp4": None, "bf16": None}
 
 
 def reference_model(source: Path, scheme: str, dtype: torch.dtype = torch.float32) -> Any:

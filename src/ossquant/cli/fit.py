@@ -60,7 +60,7 @@ def fit(
     gpu_memory_utilization: Annotated[float | None, typer.Option(help="vLLM: its share of the GPU; 0.9.")] = None,
     tp: Annotated[int | None, typer.Option(help="vLLM: GPUs that split each layer; all of them.")] = None,
     n_cpu_moe: Annotated[
-        int, typer.Option(help="llama.cpp: layers whose experts stay on the host; planned if not given.")
+        int, typer.Option(help="llama.cpp, ossquant run: layers whose experts stay on the host; planned if not given.")
     ] = 0,
     kv_unified: Annotated[bool, typer.Option("--kv-unified", help="llama.cpp: sequences share the context.")] = False,
     swa_full: Annotated[bool, typer.Option("--swa-full", help="llama.cpp: sliding layers keep all tokens.")] = False,

@@ -36,7 +36,7 @@ class Engine:
     @property
     def offloads_experts(self) -> bool:
         """Whether it can keep experts of some layers in host memory."""
-        return self.name == "llama.cpp"
+        return self.name in ("llama.cpp", "transformers")
 
 
 def parse_engine(name: str, version: str | None = None) -> Engine:
@@ -59,13 +59,13 @@ def estimate(plan: Plan, engine: Engine, workload: Workload, device: Device, cou
         return ollama.estimate(plan, workload, device, count, engine.version)
     if engine.name == "vllm":
         return vllm.estimate(plan, workload, device, count, engine.version)
-    return transformers.estimate(plan, workload, device)
+    return transformers.estimate(plan, workload, device, count)
 
 
 # options of a workload that only some engines have, and the engines
 _OWN_OPTIONS = {
     "ubatch": ("llama.cpp", "ollama"),
-    "n_cpu_moe": ("llama.cpp",),
+    "n_cpu_moe": ("llama.cpp", "transformers"),
     "kv_unified": ("llama.cpp",),
     "swa_full": ("llama.cpp",),
     "max_num_batched_tokens": ("vllm", "transformers"),

@@ -1,4 +1,4 @@
-"""transformers, as `ossquant run` uses it: eager attention, the prompt in chunks, one device."""
+"""transformers, as `ossquant run` uses it: eager attention, the prompt in chunks, layers spread over devices."""
 
 from ossquant.hardware import Device
 from ossquant.layout import Role
@@ -17,31 +17,57 @@ _SCORE_COPIES = 3
 _HOPPER_GROWTH = 3072 / 2880
 
 
-def estimate(plan: Plan, workload: Workload, device: Device) -> MemoryEstimate:
-    """Bytes on one device; sequences run as one padded batch."""
+def estimate(plan: Plan, workload: Workload, device: Device, count: int = 1) -> MemoryEstimate:
+    """Bytes over count devices that hold whole layers; sequences run as one padded batch."""
+    host_weights = layer_expert_bytes(plan) * workload.n_cpu_moe
     return MemoryEstimate(
-        weights=_weights(plan, device),
+        weights=_weights(plan, device).less(host_weights),
         kv_cache=exact(kv_cache_bytes(plan, workload)),
-        compute=_activations(plan, workload),
-        overhead=driver_context(device) + _allocator(plan),
-        host_weights=0,
+        compute=_activations(plan, workload).times(count),
+        overhead=(driver_context(device) + _allocator(plan)).times(count) + _unfilled(plan, count),
+        host_weights=host_weights,
         host_overhead=3 * GIB,  # Python with torch and CUDA libraries, and the shard that is being read
     )
 
 
+def _unfilled(plan: Plan, count: int) -> Term:
+    """What stays empty on devices that hold whole layers."""
+    layer = (plan.role_nbytes[Role.ATTENTION] // plan.spec.num_hidden_layers) + layer_expert_bytes(plan)
+    return band(0, (count - 1) * layer // 2, (count - 1) * layer, "heuristic")
+
+
+def working_bytes(plan: Plan, workload: Workload) -> int:
+    """Bytes to keep free on each device beside weights and cache."""
+    return activation_bytes(plan, workload) + _allocator(plan).high
+
+
+def activation_bytes(plan: Plan, workload: Workload) -> int:
+    """The most bytes that a forward pass holds beside weights and cache."""
+    return _activations(plan, workload).high
+
+
+def layer_expert_bytes(plan: Plan) -> int:
+    """Bytes of one layer's experts, biases included."""
+    return (plan.role_nbytes[Role.EXPERTS] + plan.role_nbytes[Role.EXPERT_BIAS]) // plan.spec.num_hidden_layers
+
+
 def kv_cache_bytes(plan: Plan, workload: Workload) -> int:
-    """Bytes of keys and values; a sliding layer keeps the window less the token being computed."""
-    spec = plan.spec
-    window = min(workload.max_model_len, spec.sliding_window - 1)
-    layers = spec.layer_types
-    tokens = layers.count("full_attention") * workload.max_model_len + layers.count("sliding_attention") * window
-    per_token = kv_bytes_per_token_layer(plan, workload.kv_cache_dtype, KV_DTYPES)
-    return int(workload.sequences * tokens * per_token)
+    """Bytes of keys and values."""
+    return sum(kv_cache_bytes_of_layer(plan, workload, layer) for layer in range(plan.spec.num_hidden_layers))
+
+
+def kv_cache_bytes_of_layer(plan: Plan, workload: Workload, layer: int) -> int:
+    """Bytes of one layer's keys and values; a sliding layer keeps the window less the token being computed."""
+    spec, tokens = plan.spec, workload.max_model_len
+    if spec.layer_types[layer] == "sliding_attention":
+        tokens = min(tokens, spec.sliding_window - 1)
+    return int(workload.sequences * tokens * kv_bytes_per_token_layer(plan, workload.kv_cache_dtype, KV_DTYPES))
 
 
 def _weights(plan: Plan, device: Device) -> Term:
     nbytes = plan.nbytes
-    if plan.scheme(Role.EXPERTS).format == "mxfp4" and device.compute_capability == (9, 0):
+    # `ossquant run` keeps the published blocks as they are, transformers' own kernels do not
+    if plan.scheme(Role.EXPERTS).format == "mxfp4" and not plan.has_bnb and device.compute_capability == (9, 0):
         grown = nbytes + int((_HOPPER_GROWTH - 1) * plan.role_nbytes[Role.EXPERTS])
         return band(nbytes, nbytes, grown, "measured")
     return exact(nbytes)

@@ -44,11 +44,12 @@ class Linear4bitExperts(nn.Module):
 
 
 class NativeMxfp4Experts(nn.Module):
-    """The published MXFP4 bytes, expanded one expert at a time while it computes."""
+    """The published MXFP4 bytes, expanded one expert at a time while it computes, on the device of its input."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.gate = _Gate(config)
+        self.experts_per_token = config.num_experts_per_tok
         experts, hidden, intermediate = config.num_local_experts, config.hidden_size, config.intermediate_size
         self.gate_up_proj_blocks = _bytes(experts, 2 * intermediate, hidden // 32, 16)
         self.gate_up_proj_scales = _bytes(experts, 2 * intermediate, hidden // 32)
@@ -59,15 +60,22 @@ class NativeMxfp4Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
         def gate_up(expert: int, x: Tensor) -> Tensor:
-            weight = dequantize_mxfp4(self.gate_up_proj_blocks[expert], self.gate_up_proj_scales[expert], x.dtype)
-            return linear(x, weight, self.gate_up_proj_bias[expert])
+            return _linear_mxfp4(
+                x, self.gate_up_proj_blocks[expert], self.gate_up_proj_scales[expert], self.gate_up_proj_bias[expert]
+            )
 
         def down(expert: int, x: Tensor) -> Tensor:
-            weight = dequantize_mxfp4(self.down_proj_blocks[expert], self.down_proj_scales[expert], x.dtype)
-            return linear(x, weight, self.down_proj_bias[expert])
+            return _linear_mxfp4(
+                x, self.down_proj_blocks[expert], self.down_proj_scales[expert], self.down_proj_bias[expert]
+            )
 
         experts = self.down_proj_bias.shape[0]
         return _mix(hidden_states, router_indices, routing_weights, experts, self.gate, gate_up, down)
+
+
+def _linear_mxfp4(x: Tensor, blocks: Tensor, scales: Tensor, bias: Tensor) -> Tensor:
+    blocks, scales = blocks.to(x.device, non_blocking=True), scales.to(x.device, non_blocking=True)
+    return linear(x, dequantize_mxfp4(blocks, scales, x.dtype), bias.to(x.device, non_blocking=True))
 
 
 class _Gate:

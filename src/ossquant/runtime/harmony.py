@@ -5,12 +5,14 @@ Source: OpenAI's harmony response format.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ossquant.errors import CheckpointError
 
 MARKERS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>", "<|constrain|>")
+# gpt-oss' generation_config.json; <|call|> waits for a tool
+STOPS = ("<|return|>", "<|call|>", "<|endoftext|>")
 
 # (channel, new text) of a message as it grows
 OnText = Callable[[str, str], None]
@@ -22,7 +24,6 @@ class Message:
 
     header: str = ""
     text: str = ""
-    tokens: list[int] = field(default_factory=list)
 
     @property
     def channel(self) -> str:
@@ -45,33 +46,43 @@ class HarmonyParser:
             )
         self._state = "text"  # a reply without markers is taken as one final message
         self._header: list[int] = []
+        self._pending: list[int] = []  # tokens of a character that is still incomplete
 
     def feed(self, token: int) -> None:
         """Take the next token of the reply."""
         marker = self._markers.get(token)
+        if marker:
+            self.finish()
         if marker == "<|channel|>":
             self._state, self._header = "header", []
         elif marker == "<|message|>":
             self._state = "text"
             self.messages.append(Message(self._tokenizer.decode(self._header)))
         elif marker == "<|start|>":
-            self._state = "role"
+            self._state, self._header = "role", []
         elif marker in ("<|end|>", "<|return|>", "<|call|>"):
             self._state = "between"
         elif self._state == "header":
             self._header.append(token)
         elif self._state == "text":
-            self._add_text(token)
+            self._pending.append(token)
+            self._say(whole=True)
 
-    def _add_text(self, token: int) -> None:
-        if not self.messages:
-            self.messages.append(Message())
-        message = self.messages[-1]
-        message.tokens.append(token)
-        text = self._tokenizer.decode(message.tokens, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # else a character is still incomplete
-            self._on_text(message.channel, text[len(message.text) :])
-            message.text = text
+    def finish(self) -> None:
+        """Say what is left of a character that was never completed."""
+        self._say(whole=False)
+
+    def _say(self, whole: bool) -> None:
+        """Decode what is pending; its bytes stand alone, for the tokenizer is byte-level."""
+        text = self._tokenizer.decode(self._pending, skip_special_tokens=True)
+        if whole and text.endswith("\ufffd"):
+            return
+        self._pending = []
+        if text:
+            if not self.messages:
+                self.messages.append(Message())
+            self.messages[-1].text += text
+            self._on_text(self.messages[-1].channel, text)
 
     def text(self, channel: str) -> str:
         """All the text of a channel."""

@@ -1,33 +1,42 @@
 """load_model: a checkpoint to a model that is really in four bits, or an error."""
 
 import os
-from collections.abc import Iterator, Mapping
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
 from transformers.utils.quantization_config import Mxfp4Config
 
 from ossquant.checkpoint.reader import Checkpoint, open_checkpoint
-from ossquant.errors import CheckpointError, DoesNotFitError, UnsupportedError, UsageError
+from ossquant.errors import CheckpointError, UnsupportedError, UsageError
 from ossquant.layout import Role
+from ossquant.memory.terms import Workload
+from ossquant.place import DISK, DevicePlan
 from ossquant.plan import QUANTIZED, Plan
 from ossquant.quantize import plan_quantize, quantization_config
 from ossquant.recipe import Recipe, built_in
+from ossquant.runtime.attention import choose_attention
+from ossquant.runtime.bnb_config import recipe_from_bitsandbytes
+from ossquant.runtime.devices import place
+from ossquant.runtime.dispatch import dispatch
 from ossquant.runtime.quantizer import METHOD, parameters_4bit
 from ossquant.units import count, nearest, size
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-NO_SINKS = {
-    "sdpa": "PyTorch's attention knows no sinks",
-    "flash_attention_2": "flash-attn 2 knows no attention sinks",
-    "flex_attention": "its sinks are not supported by transformers' gpt-oss on every device",
-}
+DEFAULT_CONTEXT = 8192  # tokens that the planned cache has room for
+
+# hears what is about to be done, a line each
+Announce = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -49,29 +58,72 @@ def load_model(
     path: str | Path,
     *,
     scheme: str | None = None,
+    quantization_config: Any = None,
     device_map: Any = "auto",
-    max_memory: dict[Any, Any] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    max_model_len: int = DEFAULT_CONTEXT,
     dtype: str | torch.dtype = "auto",
     attn_implementation: str = "auto",
+    announce: Announce | None = None,
+    progress: bool = False,
 ) -> tuple[Any, Any]:
     """Load a gpt-oss checkpoint in four bits. Returns (model, tokenizer).
 
     path is a folder or a hub id. scheme None takes a checkpoint of ours as it is stored and the published one
-    as 'hybrid'; a name quantizes on load, to the very weights that `ossquant quantize` writes. dtype is what
-    is computed in. Raises UsageError, CheckpointError, DoesNotFitError; it never warns and goes on.
+    as 'hybrid'; a name quantizes on load, to the very weights that `ossquant quantize` writes.
+    quantization_config, in place of scheme, is a transformers BitsAndBytesConfig with load_in_4bit; here it holds
+    for the experts, too. device_map 'auto' plans: what is dense goes to the accelerators with as many experts as
+    there is room for beside a cache of max_model_len tokens, the other experts to the host. max_memory caps
+    what a device may hold, as in {0: "20GiB", "cpu": "60GiB"}; accelerators that it does not name are not used.
+    dtype is what is computed in. announce hears the plan before anything is read, and what it took;
+    progress draws a bar on stderr.
+    Raises UsageError, CheckpointError, UnsupportedError, DoesNotFitError; it never warns and goes on.
     """
+    say = announce or (lambda line: None)
     with open_checkpoint(path) as checkpoint:
-        recipe = _choose(checkpoint, scheme)
+        recipe, dtype = _wanted(checkpoint, scheme, quantization_config, dtype)
         plan = plan_quantize(checkpoint, recipe)
-        arguments = {
-            "device_map": _device_map(device_map, max_memory, plan),
-            "max_memory": max_memory,
-            "dtype": _dtype(dtype),
-            "attn_implementation": _attention(attn_implementation),
-        }
-        model = _load(checkpoint, plan, arguments)
+        computed = _dtype(dtype)
+        workload = Workload(max_model_len=min(max_model_len, plan.spec.max_position_embeddings))
+        devices = place(
+            plan,
+            device_map,
+            max_memory,
+            workload,
+            dtype_bytes=computed.itemsize,
+            mapped=_stays_mapped(checkpoint, plan),
+        )
+        attention = choose_attention(attn_implementation, devices.layers[0], computed)
+        say(f"plan: {devices}")
+        say(str(attention))
+        if DISK in devices.experts:
+            say(f"host memory is too small for {size(devices.nbytes[DISK])} of the experts: they are read from disk "
+                "for every token, which is slow")  # fmt: skip
+        started = time.monotonic()
+        model = _load(checkpoint, plan, devices, computed, attention.implementation, progress)
+        seconds = time.monotonic() - started
         tokenizer = _tokenizer(checkpoint.folder)
+        say(f"loaded in {seconds:.1f} s; peak host memory {size(_peak_host_memory())}, mapped files included")
     return model, tokenizer
+
+
+def _wanted(
+    checkpoint: Checkpoint, scheme: str | None, quantization_config: Any, dtype: str | torch.dtype
+) -> tuple[Recipe, str | torch.dtype]:
+    """The recipe to load by, and the dtype to compute in."""
+    if quantization_config is None:
+        return _choose(checkpoint, scheme), dtype
+    if scheme is not None:
+        raise UsageError("scheme and quantization_config exclude each other", hint="give one of them")
+    recipe, compute_dtype = recipe_from_bitsandbytes(quantization_config)
+    if checkpoint.plan.has_bnb:
+        stored = {role: checkpoint.plan.scheme(role) for role in QUANTIZED}
+        if any(recipe.scheme(role) != stored[role] for role in QUANTIZED):
+            raise UnsupportedError(
+                f"{checkpoint.folder} is quantized already, and not as quantization_config says",
+                hint="leave quantization_config out, or load the checkpoint it was made of",
+            )
+    return recipe, compute_dtype if compute_dtype is not None and dtype == "auto" else dtype
 
 
 def placement(model: nn.Module) -> Placement:
@@ -92,7 +144,7 @@ def placement(model: nn.Module) -> Placement:
 
 
 # the schemes to run a checkpoint in; the others are for servers
-LOADABLE = ("hybrid", "nf4", "fp4", "bf16")
+LOADABLE = ("hybrid", "nf4", "fp4", "mxfp4", "bf16")
 
 
 def _choose(checkpoint: Checkpoint, scheme: str | None) -> Recipe:
@@ -120,19 +172,27 @@ def _choose(checkpoint: Checkpoint, scheme: str | None) -> Recipe:
     return built_in(scheme or "hybrid")
 
 
-def _load(checkpoint: Checkpoint, plan: Plan, arguments: dict[str, Any]) -> Any:
+def _load(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    devices: DevicePlan,
+    dtype: torch.dtype,
+    attn_implementation: str,
+    progress: bool,
+) -> Any:
+    arguments: dict[str, Any] = {}
     config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-    if checkpoint.plan.has_bnb:
+    if checkpoint.plan.has_bnb and not checkpoint.plan.unsloth:
         _check_ours(checkpoint)  # its own quantization_config stands, and is held against the files
-    elif plan.has_bnb:
+    elif plan.parameters_4bit:
         config.quantization_config = quantization_config(*(plan.scheme(role) for role in QUANTIZED))
     elif checkpoint.plan.scheme(Role.EXPERTS).format == "mxfp4":
-        arguments = arguments | {"quantization_config": Mxfp4Config(dequantize=True)}
+        arguments = {"quantization_config": Mxfp4Config(dequantize=True)}
     on_load = checkpoint.plan.tensors != plan.tensors
-    with _one_tensor_at_a_time(on_load), _quiet():
+    with _one_tensor_at_a_time(on_load), _quiet(progress), _own_dispatch():
         model, info = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder, config=config, local_files_only=True, use_safetensors=True,
-            output_loading_info=True, **arguments,
+            checkpoint.folder, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True,
+            dtype=dtype, device_map=devices.device_map(), attn_implementation=attn_implementation, **arguments,
         )  # fmt: skip
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
@@ -140,12 +200,7 @@ def _load(checkpoint: Checkpoint, plan: Plan, arguments: dict[str, Any]) -> Any:
                 f"{checkpoint.folder}: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[0]}",
                 hint="the checkpoint does not belong to this version of transformers; report it",
             )
-    devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
-    if devices & {"cpu", "disk"} and len(devices) > 1:
-        raise DoesNotFitError(
-            f"{size(plan.nbytes)} do not fit the accelerator, and running across host and device is not supported yet",
-            hint="choose a smaller scheme, raise max_memory, or device_map='cpu'",
-        )
+    dispatch(model, devices)
     return model
 
 
@@ -167,51 +222,24 @@ def _tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def _device_map(device_map: Any, max_memory: Mapping[Any, Any] | None, plan: Plan) -> Any:
-    """Resolve 'auto' where there is no choice, and see that the weights fit."""
-    if isinstance(device_map, dict):
-        if "disk" in device_map.values():
-            raise UnsupportedError("device_map: 4-bit weights cannot be spilled to disk", hint="use device_map='auto'")
-        return device_map
-    if device_map != "auto":
-        return {"": device_map}
-    if torch.cuda.device_count() > 1 or (torch.cuda.is_available() and max_memory):
-        return "auto"
-    on_gpu = torch.cuda.is_available()
-    free = torch.cuda.mem_get_info()[0] if on_gpu else _host_memory()
-    if free is not None and plan.nbytes > free:
-        raise DoesNotFitError(
-            f"the weights take {size(plan.nbytes)}, {size(free)} of {'GPU' if on_gpu else 'host'} memory are free",
-            hint=f"see `ossquant fit --gpu {max(1, plan.nbytes // 10**9 + 2)}GB`",
-        )
-    return {"": 0 if on_gpu else "cpu"}
+def _stays_mapped(checkpoint: Checkpoint, plan: Plan) -> bool:
+    """Whether experts are computed on as they lie in the files."""
+    experts = plan.scheme(Role.EXPERTS)
+    return experts.format == "mxfp4" and checkpoint.plan.scheme(Role.EXPERTS) == experts
 
 
-def _host_memory() -> int | None:
-    """Bytes of host memory that can be had without swapping, None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-    except OSError:
-        return None
-    available = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
-    return int(available) * 1024 if available else None
+def _peak_host_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _dtype(dtype: str | torch.dtype) -> Any:
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
         return dtype
+    if dtype == "auto":
+        return torch.bfloat16
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype '{dtype}'", hint=nearest(dtype, [*DTYPES, "auto"]))
     return DTYPES[dtype]
-
-
-def _attention(implementation: str) -> str:
-    if implementation in NO_SINKS:
-        raise UnsupportedError(
-            f"attn_implementation '{implementation}': {NO_SINKS[implementation]}",
-            hint="use 'auto', 'eager', or 'flash_attention_4' on Hopper and Blackwell",
-        )
-    return "eager" if implementation == "auto" else implementation
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
@@ -241,11 +269,24 @@ def _one_tensor_at_a_time(wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' own bar and reports: what they would tell is an error of ours."""
+def _own_dispatch() -> Iterator[None]:
+    """Keep transformers from giving a model on several devices accelerate's hooks, in place of our own."""
+    name = "accelerate_dispatch"
+    before = getattr(transformers.modeling_utils, name)
+    setattr(transformers.modeling_utils, name, lambda *args: None)
+    try:
+        yield
+    finally:
+        setattr(transformers.modeling_utils, name, before)
+
+
+@contextmanager
+def _quiet(bar_wanted: bool) -> Iterator[None]:
+    """Silence transformers' own reports: what they would tell is an error of ours. Its bar stays if it is wanted."""
     level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    if not bar_wanted:
+        transformers_logging.disable_progress_bar()
     try:
         yield
     finally:

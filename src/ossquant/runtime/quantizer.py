@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -133,6 +133,8 @@ class OssquantQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         experts = self.plan.scheme(Role.EXPERTS)
         converters = list(weight_conversions)
+        if self.source.unsloth:
+            converters.append(WeightRenaming(r"mlp\.router\.linear\.", "mlp.router."))
         for role, pattern in _MATRIX.items():
             if self.source.scheme(role).is_bnb:
                 converters.append(_load_converter(self, pattern))
@@ -161,6 +163,7 @@ class OssquantQuantizer(HfQuantizer):
         check_loaded(model, self.plan)
         # the names it has now are those it is saved under
         model._weight_conversions = []
+        model.is_loaded_in_4bit = self.plan.has_bnb  # by which peft knows bitsandbytes' modules
         return model
 
     def is_serializable(self) -> bool:
