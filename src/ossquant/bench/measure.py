@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ossquant.errors import UsageError
+from ossquant.memory.transformers import PREFILL_CHUNK
 
 SEED = 0
 
@@ -50,7 +51,7 @@ class Measurement:
 
 
 def measure(model: Any, *, prompt_tokens: int, new_tokens: int, runs: int) -> Measurement:
-    """Run a seeded random prompt several times, after one uncounted run. Raises UsageError."""
+    """Run a seeded random prompt several times, in chunks as `run` does, after one uncounted run. Raises UsageError."""
     if prompt_tokens < 1 or new_tokens < 2 or runs < 1:
         raise UsageError("a measurement takes at least 1 prompt token, 2 new tokens and 1 run")
     longest = model.config.max_position_embeddings
@@ -75,11 +76,14 @@ def measure(model: Any, *, prompt_tokens: int, new_tokens: int, runs: int) -> Me
 def _run(model: Any, prompt: torch.Tensor, new_tokens: int) -> Run:
     _wait(model)
     started = time.perf_counter()
-    output = model(prompt, use_cache=True, logits_to_keep=1)
+    cache = None
+    for chunk in prompt.split(PREFILL_CHUNK, dim=1):
+        output = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
     token = _next(output)
     first = time.perf_counter()
     for _ in range(new_tokens - 1):
-        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(token, past_key_values=cache, use_cache=True)
         token = _next(output)
     return Run(ttft=first - started, decode=time.perf_counter() - first)
 

@@ -5,11 +5,10 @@ import sys
 
 import typer
 
-from ossquant.cli import bench, fit, quantize, run, verify
+from ossquant.cli import bench, chat, fit, merge, quantize, run, verify, warmup
 from ossquant.errors import CheckpointError, DoesNotFitError, OssquantError, UsageError
 
 EXIT_CODES: dict[type[OssquantError], int] = {UsageError: 2, CheckpointError: 3, DoesNotFitError: 4}
-INTERRUPTED = 130  # as the shell has it for SIGINT
 
 app = typer.Typer(
     name="ossquant",
@@ -21,8 +20,11 @@ app = typer.Typer(
 )
 app.command("fit")(fit.fit)
 app.command("quantize")(quantize.quantize)
+app.command("merge")(merge.merge)
 app.command("verify")(verify.verify)
 app.command("run")(run.run)
+app.command("chat")(chat.chat)
+app.command("warmup")(warmup.warmup)
 app.command("bench")(bench.bench)
 
 

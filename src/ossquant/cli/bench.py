@@ -4,7 +4,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ossquant.cli.options import CheckpointArgument, DeviceOption, DtypeOption, JsonOption, SchemeOption
+from ossquant.cli.options import (
+    DEFAULT_MODEL_LEN,
+    AttentionOption,
+    CheckpointArgument,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    MaxMemoryOption,
+    SchemeOption,
+)
 from ossquant.units import size
 
 if TYPE_CHECKING:
@@ -15,7 +24,9 @@ def bench(
     checkpoint: CheckpointArgument,
     scheme: SchemeOption = None,
     device_map: DeviceOption = "auto",
+    max_memory: MaxMemoryOption = None,
     dtype: DtypeOption = "auto",
+    attn_implementation: AttentionOption = "auto",
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt, random tokens.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 32,
     runs: Annotated[int, typer.Option(help="Counted runs, after one that warms up.")] = 3,
@@ -28,11 +39,12 @@ def bench(
     """
     from ossquant.bench.measure import measure
     from ossquant.cli import render
-    from ossquant.runtime.load import load_model, placement
+    from ossquant.cli.loading import load
 
-    model, _ = load_model(checkpoint, scheme=scheme, device_map=device_map, dtype=dtype)
-    render.note(str(placement(model)))
-    result = measure(model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, runs=runs)
+    context = max(DEFAULT_MODEL_LEN, prompt_tokens + new_tokens)
+    loaded = load(checkpoint, max_memory=max_memory, max_model_len=context, scheme=scheme, device_map=device_map,
+                  dtype=dtype, attn_implementation=attn_implementation)  # fmt: skip
+    result = measure(loaded.model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, runs=runs)
     if as_json:
         render.print_json(_json(result))
         return
