@@ -123,7 +123,7 @@ def _wanted(
                 f"{checkpoint.folder} is quantized already, and not as quantization_config says",
                 hint="leave quantization_config out, or load the checkpoint it was made of",
             )
-    return recipe, compute_dtype if compute_dtype is not None and dtype == "auto" else dtype
+    return recipe, compute_dtype if dtype == "auto" else dtype
 
 
 def placement(model: nn.Module) -> Placement:
