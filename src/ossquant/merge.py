@@ -45,6 +45,7 @@ _WITHOUT_EFFECT = (
 # ways to begin that leave the base weights alone; the others, such as pissa, change them
 _PLAIN_BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva", "mica", None)
 _OFF = (None, False, "none")
+_LM_HEAD_ITSELF = "base_model.model.lm_head.base_layer.weight"  # peft saves it with a LoRA on it, which froze it
 _TAKES = "merge takes LoRA on attention, lm_head and single experts"
 _NAME = re.compile(r"\^?[\w.]+", re.ASCII)
 _LORA = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
@@ -120,6 +121,8 @@ def _deltas(
     shapes = {entry.tensor.name: entry.tensor.shape for entry in plan.tensors if entry.tensor.role in QUANTIZED}
     halves: dict[str, dict[str, StoredTensor]] = {}
     for name, part in stored.items():
+        if name == _LM_HEAD_ITSELF and part.shape == shapes["lm_head.weight"]:
+            continue
         match = _LORA.fullmatch(name)
         if match is None or part.dtype not in ("F32", "BF16") or len(part.shape) != 2:
             raise UnsupportedError(
@@ -186,8 +189,8 @@ def _check_shapes(
 
 
 def _is_finite(number: Any) -> bool:
-    """Whether a value from JSON is a number that float32 holds."""
-    return type(number) in (int, float) and abs(number) <= np.finfo(np.float32).max
+    """Whether a value from JSON is a number that float32 holds, and bf16."""
+    return type(number) in (int, float) and abs(number) < ROUNDS_TO_INFINITY
 
 
 def _patterns(config: Mapping[str, Any], key: str) -> dict[str, tuple[int, Any]]:
@@ -300,9 +303,9 @@ class MergedCheckpoint(Checkpoint):
 class MergeReport:
     """What was written, and the share of the adapter that is left in it, by role.
 
-    A share is <written - source, added> / <added, added>, over at most 32 experts of a role, or parts of
-    its matrices. Rounding to 4 bits gives
-    back the source's own value where less is added than half a step, so that a faint adapter may vanish.
+    A share is <written - source, added> / <added, added>, over at most 32 experts of a role, or parts of its
+    matrices. Rounding to 4 bits gives back the source's own value where less is added than half a step, so that a
+    faint adapter may vanish.
     """
 
     quantize: QuantizeReport
@@ -344,21 +347,22 @@ def _kept(merged: MergedCheckpoint, written: Checkpoint) -> dict[Role, float]:
     shares = {}
     for role in sorted(merged.roles):
         of_role = [each for each in touched if each[0].tensor.role is role]
-        sums = sum(_sums(merged, written, *each) for each in of_role[:: -(-len(of_role) // SAMPLE)])
-        shares[role] = float(sums[0] / sums[1]) if sums[1] else 1.0
+        step = -(-len(of_role) // SAMPLE)
+        left, added = np.sum([_sums(merged, written, *each) for each in of_role[::step]], axis=0)
+        shares[role] = float(left / added) if added else 1.0
     return shares
 
 
 def _sums(
     merged: MergedCheckpoint, written: Checkpoint, old: TensorPlan, new: TensorPlan, piece: Piece
-) -> npt.NDArray[np.float64]:
+) -> tuple[float, float]:
     """<written - source, added> and <added, added>, over a piece."""
     rows = merged.adapter.rows(old.tensor.name, piece.expert, piece.begin, piece.end, transposed=False)
     added = cast(Floats, rows).astype(np.float64)
     change = np.concatenate([
         now - was for was, now in zip(expand(merged.source, old, piece), expand(written, new, piece), strict=True)
     ])  # fmt: skip
-    return np.array([np.vdot(change, added), np.vdot(added, added)])
+    return float(np.vdot(change, added)), float(np.vdot(added, added))
 
 
 def _open_merged(adapter: Path, source: str | Path) -> MergedCheckpoint:

@@ -47,12 +47,13 @@ def merge(
     kept = {role.value: round(share, 4) for role, share in report.kept.items()}
     if as_json:
         render.print_json(report_json(report.quantize, recipe) | {"adapter_kept": kept})
-        return
-    left = ", ".join(f"{share:.0%} of it in the {role}" for role, share in kept.items())
-    render.out.print(f"{summary(report.quantize)}; of the adapter is left: {left}", soft_wrap=True)
+    else:
+        left = ", ".join(f"{share:.0%} in the {role}" for role, share in kept.items())
+        render.out.print(f"{summary(report.quantize)}; of the adapter is left: {left}", soft_wrap=True)
     lost = [role for role, share in kept.items() if share < FAINT]
     if lost:
+        advice = "" if recipe.name == "bf16" else "; --scheme bf16 keeps more of it"
         render.note(
-            f"warning: what the adapter adds to the {' and '.join(lost)} is mostly less than half a step of "
-            f"{recipe.name} and is rounded away; keep them in bf16 (--scheme bf16), or train on attention alone"
+            f"warning: most of what the adapter adds to the {' and '.join(lost)} is less than half a step of "
+            f"{recipe.name} and is rounded away{advice}"
         )
