@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -20,7 +21,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from conftest import killed
 from ossquant.checkpoint.reader import open_checkpoint
@@ -148,11 +149,9 @@ def test_dtypes(dtype: torch.dtype, quantized: dict[str, Path], tmp_path: Path) 
 
 
 def test_lm_head_of_a_whole_model(trained: Path, quantized: dict[str, Path], tmp_path: Path) -> None:
-    """With a LoRA on lm_head peft saves lm_head itself, which is passed over; of another shape it is refused."""
-    settings = AutoConfig.from_pretrained(trained)
-    del settings.quantization_config
+    """With a LoRA on lm_head peft saves lm_head itself, which is passed over; another lm_head is refused."""
     model: Any = get_peft_model(
-        AutoModelForCausalLM.from_config(settings),
+        AutoModelForCausalLM.from_pretrained(quantized["bf16"]),
         LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM"),
     )
     model.save_pretrained(tmp_path / "adapter")
@@ -164,9 +163,11 @@ def test_lm_head_of_a_whole_model(trained: Path, quantized: dict[str, Path], tmp
     with torch.no_grad():
         expected = before + model.base_model.model.lm_head.get_delta_weight("default")
     torch.testing.assert_close(after, expected, rtol=2**-7, atol=1e-6)
-    change_weights(tmp_path / "adapter", lambda name, part: (name, part[1:] if name == itself else part))
-    with pytest.raises(UnsupportedError, match=r"lm_head\.base_layer\.weight"):
-        merge(trained, tmp_path / "adapter", tmp_path / "none", built_in("bf16"))
+    for change in (lambda part: part * 1.01, lambda part: part[1:]):
+        other = shutil.copytree(tmp_path / "adapter", tmp_path / "other", dirs_exist_ok=True)
+        change_weights(other, lambda name, part, change=change: (name, change(part) if name == itself else part))
+        with pytest.raises(UnsupportedError, match=r"lm_head\.base_layer\.weight"):
+            merge(trained, other, tmp_path / "none", built_in("bf16"))
 
 
 NAMES = (
@@ -577,3 +578,12 @@ def test_the_adapter_is_no_output(force: bool, trained: Path, tmp_path: Path) ->
     with pytest.raises(UsageError):
         merge(trained, folder, folder, built_in("mxfp4"), force=force)
     assert digests(folder) == before
+
+
+def test_a_link_out_of_the_adapter(trained: Path, tmp_path: Path) -> None:
+    """Weights that lie elsewhere are not followed."""
+    folder = saved(tmp_path / "adapter")
+    (folder / WEIGHTS).rename(tmp_path / "elsewhere.safetensors")
+    (folder / WEIGHTS).symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(CheckpointError, match="a link out of its folder"):
+        merge(trained, folder, tmp_path / "out", built_in("mxfp4"))

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ossquant.checkpoint.header import read_header, read_json
-from ossquant.checkpoint.reader import Checkpoint, locate, open_checkpoint
+from ossquant.checkpoint.reader import Checkpoint, locate, open_checkpoint, refuse_strangers
 from ossquant.codec import mxfp4
 from ossquant.codec.bnb4 import Floats
 from ossquant.codec.expand import Piece, expand, pieces
@@ -45,7 +45,8 @@ _WITHOUT_EFFECT = (
 # ways to begin that leave the base weights alone; the others, such as pissa, change them
 _PLAIN_BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva", "mica", None)
 _OFF = (None, False, "none")
-_LM_HEAD_ITSELF = "base_model.model.lm_head.base_layer.weight"  # peft saves it with a LoRA on it, which froze it
+_LM_HEAD_ITSELF = "base_model.model.lm_head.base_layer.weight"  # peft saves it where it has a LoRA
+_COMPARED = 2**22  # of its weights at a time
 _TAKES = "merge takes LoRA on attention, lm_head and single experts"
 _NAME = re.compile(r"\^?[\w.]+", re.ASCII)
 _LORA = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
@@ -101,6 +102,8 @@ class Adapter:
 def read_adapter(folder: Path, plan: Plan) -> Adapter:
     """Read what an adapter adds to a model of this plan. Raises UsageError, CheckpointError, UnsupportedError."""
     try:
+        if folder.is_dir():
+            refuse_strangers(folder)
         if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
             raise UsageError(
                 f"{folder}: not an adapter, which is a folder with {CONFIG} and {WEIGHTS}",
@@ -121,8 +124,8 @@ def _deltas(
     shapes = {entry.tensor.name: entry.tensor.shape for entry in plan.tensors if entry.tensor.role in QUANTIZED}
     halves: dict[str, dict[str, StoredTensor]] = {}
     for name, part in stored.items():
-        if name == _LM_HEAD_ITSELF and part.shape == shapes["lm_head.weight"]:
-            continue
+        if name == _LM_HEAD_ITSELF and part.shape == shapes["lm_head.weight"] and part.dtype in ("F32", "BF16"):
+            continue  # held against the source's
         match = _LORA.fullmatch(name)
         if match is None or part.dtype not in ("F32", "BF16") or len(part.shape) != 2:
             raise UnsupportedError(
@@ -213,6 +216,22 @@ def _by_pattern(patterns: Mapping[str, tuple[int, Any]], module: str, default: A
     return min((patterns[name] for name in names if name in patterns), default=(0, default))[1]
 
 
+def _check_lm_head(weights: Checkpoint, source: Checkpoint) -> None:
+    """See that lm_head's own weights, if the adapter has them, are the source's: then only its LoRA was trained."""
+    part = weights.stored.get(_LM_HEAD_ITSELF)
+    if part is None or source.stored["lm_head.weight"].dtype != "BF16":  # another is refused with its role
+        return
+    itemsize = part.nbytes // math.prod(part.shape)
+    for begin in range(0, math.prod(part.shape), _COMPARED):
+        count = min(_COMPARED, math.prod(part.shape) - begin)
+        own, original = np.empty(count * itemsize, np.uint8), np.empty(count, np.uint16)
+        weights.read_into(_LM_HEAD_ITSELF, own.data, begin * itemsize)
+        source.read_into("lm_head.weight", original.view(np.uint8).data, 2 * begin)
+        same = own.view(np.uint16) == original if part.dtype == "BF16" else own.view(np.float32) == _floats(original)
+        if not same.all():
+            raise UnsupportedError(f"{WEIGHTS}: '{_LM_HEAD_ITSELF}' is not the lm_head of {source.folder}", hint=_TAKES)
+
+
 class MergedCheckpoint(Checkpoint):
     """A checkpoint read as if the adapter had been added: roles that it touches are bf16, the others as stored."""
 
@@ -220,6 +239,7 @@ class MergedCheckpoint(Checkpoint):
         super().__init__(source.folder, source.config, source.locations)
         self.source = source
         self.adapter = read_adapter(folder, source.plan)
+        _check_lm_head(self.adapter.weights, source)
         self.origin = {"adapter": self.adapter.config}
         touched = {name for name, _ in self.adapter.deltas}
         self.roles = {entry.tensor.role for entry in source.plan.tensors if entry.tensor.name in touched}

@@ -113,7 +113,7 @@ def _open_folder(folder: Path) -> Checkpoint:
             f"{folder}: an unfinished job, not a checkpoint",
             hint="run its `ossquant quantize` again to finish it",
         )
-    _refuse_strangers(folder)
+    refuse_strangers(folder)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json", hint="a checkpoint is a folder with config.json")
     config = read_json(folder / "config.json")
@@ -121,8 +121,8 @@ def _open_folder(folder: Path) -> Checkpoint:
     return Checkpoint(folder, config, _locate(folder))
 
 
-def _refuse_strangers(folder: Path) -> None:
-    """Refuse links out of the folder; the hub's cache links to the blobs beside its snapshots."""
+def refuse_strangers(folder: Path) -> None:
+    """Raise CheckpointError for links out of the folder; the hub's cache links to the blobs beside its snapshots."""
     real = folder.resolve()  # `.` has no parent to ask
     allowed = [real, *([real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [])]
     for path in folder.iterdir():
