@@ -20,6 +20,11 @@ SCHEMES = ("hybrid", "nf4", "fp4", "mxfp4", "int4", "bf16")
 sys.path.insert(0, str(ROOT / "scripts"))
 
 
+def pytest_configure() -> None:
+    """Have Ctrl-C work: pytest-xdist's processes ignore it, and so would every command that a test starts there."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="session")
 def trained() -> Path:
     """The trained tiny model, as published: MXFP4 in two shards."""
