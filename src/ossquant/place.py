@@ -17,7 +17,7 @@ from ossquant.units import GIB, nearest, size
 HOST, DISK = "cpu", "disk"
 HOST_RESERVE = GIB  # what a loading process takes beside weights, torch itself aside
 
-_EMBEDDING, _NORM, _HEAD, _EXPERTS = "model.embed_tokens", "model.norm", "lm_head", ".mlp.experts"
+_HEAD, _EXPERTS = "lm_head", ".mlp.experts"
 
 
 @dataclass(frozen=True)

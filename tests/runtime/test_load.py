@@ -192,6 +192,9 @@ def test_too_little_memory_is_said_beforehand(quantized: dict[str, Path], monkey
     monkeypatch.setattr(devices, "available_host_memory", lambda: 10**6)
     with pytest.raises(DoesNotFitError, match="memory"):
         load_model(quantized["nf4"])
+    for device_map in ("cpu", {"": "cpu"}):
+        with pytest.raises(DoesNotFitError, match="weights are to go to cpu"):
+            load_model(quantized["nf4"], device_map=device_map)
 
 
 @pytest.mark.parametrize("damage", ("missing", "unexpected", "shape", "format"))

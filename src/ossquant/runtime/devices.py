@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from ossquant.detect import available_host_memory
-from ossquant.errors import UnsupportedError, UsageError
+from ossquant.errors import DoesNotFitError, UnsupportedError, UsageError
 from ossquant.memory.terms import Workload
-from ossquant.place import DISK, HOST, DevicePlan, plan_devices, read_device_map
+from ossquant.place import DISK, HOST, DevicePlan, part_bytes, plan_devices, read_device_map
 from ossquant.plan import Plan
-from ossquant.units import parse_size
+from ossquant.units import parse_size, size
 
 SPREAD = ("auto", "balanced", "sequential")  # transformers' words for a device_map that is to be found
 
@@ -39,6 +39,7 @@ def place(
             "device_map: only experts in MXFP4, as they are stored, can stay on disk",
             hint="use scheme 'hybrid' or 'mxfp4', of a checkpoint that has MXFP4 experts",
         )
+    _check_room(devices, part_bytes(plan, dtype_bytes), mapped)
     return devices
 
 
@@ -63,6 +64,20 @@ def free_memory(max_memory: Mapping[int | str, int | str] | None = None) -> dict
         for device, nbytes in free.items()
         if device in caps or device == HOST
     }
+
+
+def _check_room(devices: DevicePlan, sizes: Mapping[str, int], mapped: bool) -> None:
+    """See that what the user has placed goes there; mapped experts take no memory that cannot be had back."""
+    for device, free in free_memory().items():
+        here = [part for part, placed in devices.devices.items() if placed == device]
+        if device == HOST and mapped:
+            here = [part for part in here if not part.endswith(".experts")]
+        needed = sum(sizes[part] for part in here)
+        if needed > free:
+            raise DoesNotFitError(
+                f"device_map: {size(needed)} of weights are to go to {device}, {size(free)} are free",
+                hint="use device_map='auto', or a smaller scheme",
+            )
 
 
 def _check_device(device: str) -> None:
