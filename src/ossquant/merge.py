@@ -23,9 +23,10 @@ from ossquant.codec.bnb4 import Floats
 from ossquant.codec.expand import Piece, expand, pieces
 from ossquant.codec.mxfp4 import Bf16Bits
 from ossquant.errors import CheckpointError, UnsupportedError, UsageError
+from ossquant.jobs import Progress
 from ossquant.layout import Role
 from ossquant.plan import QUANTIZED, Plan, TensorPlan, make_plan
-from ossquant.quantize import DEFAULT_SHARD_SIZE, Progress, QuantizeReport, quantize
+from ossquant.quantize import DEFAULT_SHARD_SIZE, QuantizeReport, quantize
 from ossquant.recipe import BF16, Recipe
 from ossquant.scheme import MXFP4_BLOCK, StoredTensor
 

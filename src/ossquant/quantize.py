@@ -1,16 +1,10 @@
-"""Carry a checkpoint from the form it has to the form a recipe asks for.
-
-Pieces of tensors, an expert or some megabytes each, go whole through one thread: read, code, write. So memory
-is bounded by threads times a piece, whatever the model, and the disk and the cores work at once.
-"""
+"""Carry a checkpoint from the form it has to the form a recipe asks for: read, code, write, piece by piece."""
 
 import hashlib
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -26,6 +20,7 @@ from ossquant.checkpoint.writer import CheckpointWriter, TensorWriter, plan_shar
 from ossquant.codec import bnb4, mxfp4
 from ossquant.codec.recode import Matrix, Mxfp4Matrix, recode
 from ossquant.errors import CheckpointError, UnsupportedError, UsageError
+from ossquant.jobs import Job, Progress, nothing, run_jobs
 from ossquant.layout import Role
 from ossquant.plan import QUANTIZED, Plan, TensorPlan, make_plan
 from ossquant.recipe import BF16, Recipe
@@ -35,10 +30,7 @@ DEFAULT_SHARD_SIZE = 5 * 10**9  # as the hub's tools split
 COPY_BYTES = 8 * 2**20
 WEIGHTS_AT_ONCE = 8 * 2**20  # of a matrix that is no expert
 STACKED = ("bf16", "mxfp4")  # formats that keep all experts of a layer in one tensor
-MAX_THREADS = 8  # past this the disk, not the codec, sets the pace
 
-# bytes of the source done so far, of how many
-Progress = Callable[[int, int], None]
 # codes all that a writer needs, adds up the loss, gives the CPU seconds that other processes took
 Run = Callable[[Checkpoint, Plan, CheckpointWriter, "Loss", Progress | None], float]
 
@@ -66,8 +58,7 @@ def run_here(
     checkpoint: Checkpoint, plan: Plan, writer: TensorWriter, loss: Loss, progress: Progress | None, cores: int = 0
 ) -> float:
     """Code all that the writer needs by threads of this process, for so many cores, or the machine's; see Run."""
-    threads = min(cores or os.cpu_count() or 1, MAX_THREADS) + 1  # one more, so that a core works while another waits
-    _run(_jobs(checkpoint, plan, writer, loss), checkpoint.plan.nbytes, threads, progress)
+    run_jobs(_jobs(checkpoint, plan, writer, loss), checkpoint.plan.nbytes, progress, cores)
     return 0.0
 
 
@@ -116,7 +107,7 @@ def quantize(
         plan = plan_quantize(checkpoint, recipe)
         shards = plan_shards(plan, max_shard_size)
         with CheckpointWriter(output, shards, _identity(checkpoint), force=force) as writer:
-            resumed = len(writer.unfinished) < len(shards)
+            resumed = writer.resumed
             loss = Loss()
             cpu_elsewhere = run(checkpoint, plan, writer, loss, progress)
             name = checkpoint.folder.name if Path(source).is_dir() else str(source)
@@ -242,40 +233,28 @@ def _identity(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"files": files, "config": config, "origin": checkpoint.origin, "ossquant": version("ossquant")}
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A piece of work for one thread, and the source bytes it accounts for."""
-
-    nbytes: int
-    run: Callable[[], None]
-
-
-def _jobs(checkpoint: Checkpoint, plan: Plan, writer: TensorWriter, loss: Loss) -> Iterator[_Job]:
+def _jobs(checkpoint: Checkpoint, plan: Plan, writer: TensorWriter, loss: Loss) -> Iterator[Job]:
     """List the pieces in the plan's order; those of finished files count, but do nothing."""
     for old, new in zip(checkpoint.plan.tensors, plan.tensors, strict=True):
         if not any(writer.needs(part.name) for part in new.stored):
-            yield _Job(old.nbytes, _nothing)
+            yield Job(old.nbytes, nothing)
         elif _only_named_anew(old, new):
             yield from _copies(checkpoint, old, new, writer)
         elif new.tensor.role is Role.EXPERT_BIAS:
-            yield _Job(old.nbytes, partial(_split_bias, checkpoint, old, new, writer))
+            yield Job(old.nbytes, partial(_split_bias, checkpoint, old, new, writer))
         elif new.tensor.numel > WEIGHTS_AT_ONCE and len(new.tensor.shape) == 2:
             yield from _LargeMatrix(checkpoint, old, new, writer).jobs()
         else:
             experts = range(new.tensor.shape[0]) if new.tensor.role is Role.EXPERTS else [None]
             for expert in experts:
                 needed = any(writer.needs(part.name) for part in _parts(new, expert))
-                job = partial(_convert, checkpoint, old, new.scheme, expert, writer, loss) if needed else _nothing
-                yield _Job(old.nbytes // len(experts), job)
+                job = partial(_convert, checkpoint, old, new.scheme, expert, writer, loss) if needed else nothing
+                yield Job(old.nbytes // len(experts), job)
 
 
 def _only_named_anew(old: TensorPlan, new: TensorPlan) -> bool:
     """Whether the bytes stay as they are."""
     return old.stored == (new if old.unsloth == new.unsloth else replace(new, unsloth=old.unsloth)).stored
-
-
-def _nothing() -> None:
-    """Do the work of a piece that is done."""
 
 
 def _parts(entry: TensorPlan, expert: int | None) -> Sequence[StoredTensor]:
@@ -286,14 +265,14 @@ def _parts(entry: TensorPlan, expert: int | None) -> Sequence[StoredTensor]:
     return entry.stored[expert * each : (expert + 1) * each]
 
 
-def _copies(checkpoint: Checkpoint, old: TensorPlan, new: TensorPlan, writer: TensorWriter) -> Iterator[_Job]:
+def _copies(checkpoint: Checkpoint, old: TensorPlan, new: TensorPlan, writer: TensorWriter) -> Iterator[Job]:
     for source, part in zip(old.stored, new.stored, strict=True):
         if checkpoint.stored[source.name].nbytes != part.nbytes:
-            yield _Job(part.nbytes, partial(_copy_state, checkpoint, part, writer))
+            yield Job(part.nbytes, partial(_copy_state, checkpoint, part, writer))
             continue
         for offset in range(0, part.nbytes, COPY_BYTES):
             nbytes = min(COPY_BYTES, part.nbytes - offset)
-            yield _Job(nbytes, partial(_copy, checkpoint, source.name, part.name, offset, nbytes, writer))
+            yield Job(nbytes, partial(_copy, checkpoint, source.name, part.name, offset, nbytes, writer))
 
 
 def _copy(checkpoint: Checkpoint, source: str, name: str, offset: int, nbytes: int, writer: TensorWriter) -> None:
@@ -350,10 +329,10 @@ class _LargeMatrix:
         self.left = -(-self.rows // self.at_once)
         self.lock = threading.Lock()
 
-    def jobs(self) -> Iterator[_Job]:
+    def jobs(self) -> Iterator[Job]:
         for first in range(0, self.rows, self.at_once):
             rows = min(self.at_once, self.rows - first)
-            yield _Job(2 * rows * self.columns, partial(self._convert, first, rows))
+            yield Job(2 * rows * self.columns, partial(self._convert, first, rows))
 
     def _convert(self, first: int, rows: int) -> None:
         name, scheme = self.new.tensor.name, self.new.scheme
@@ -402,30 +381,3 @@ def _read(checkpoint: Checkpoint, name: str, dtype: type, expert: int | None) ->
 
 def _bytes(array: npt.NDArray[Any]) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
-
-
-def _run(jobs: Iterator[_Job], total: int, threads: int, progress: Progress | None) -> None:
-    """Run the jobs on a few threads, never more in flight than twice the threads."""
-    done = 0
-    pending: dict[Future[None], int] = {}
-    with ThreadPoolExecutor(threads, thread_name_prefix="quantize") as pool:
-        try:
-            for job in jobs:
-                if len(pending) >= 2 * threads:
-                    done = _collect(pending, done, total, progress)
-                pending[pool.submit(job.run)] = job.nbytes
-            while pending:
-                done = _collect(pending, done, total, progress)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-
-
-def _collect(pending: dict[Future[None], int], done: int, total: int, progress: Progress | None) -> int:
-    finished, _ = wait(pending, return_when=FIRST_COMPLETED)
-    for future in finished:
-        done += pending.pop(future)
-        future.result()
-    if progress:
-        progress(min(done, total), total)
-    return done

@@ -21,8 +21,9 @@ from typing import Any
 from ossquant.checkpoint.reader import Checkpoint, open_checkpoint
 from ossquant.checkpoint.writer import CheckpointWriter, Entries, Shard, ShardWriter
 from ossquant.errors import MissingExtraError, OssquantError, UsageError
+from ossquant.jobs import MAX_THREADS, Progress
 from ossquant.plan import Plan
-from ossquant.quantize import MAX_THREADS, Loss, Progress, QuantizeReport, plan_quantize, quantize, run_here
+from ossquant.quantize import Loss, QuantizeReport, plan_quantize, quantize, run_here
 from ossquant.recipe import Recipe
 
 RETRIES = 5  # of a file whose process or machine was lost

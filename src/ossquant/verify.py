@@ -10,7 +10,6 @@ from ossquant.checkpoint.manifest import (
     MANIFEST,
     MAX_PIECES,
     Manifest,
-    Progress,
     hash_file,
     hash_tensors,
     in_threads,
@@ -18,6 +17,7 @@ from ossquant.checkpoint.manifest import (
 )
 from ossquant.checkpoint.reader import JOB, Checkpoint, open_checkpoint, resolve
 from ossquant.errors import CheckpointError
+from ossquant.jobs import Progress
 from ossquant.layout import Role, TensorInfo
 from ossquant.plan import Plan
 

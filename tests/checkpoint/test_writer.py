@@ -16,7 +16,7 @@ import pytest
 from conftest import killed, run_cli
 from ossquant.checkpoint.header import read_header
 from ossquant.checkpoint.reader import INDEX, open_checkpoint
-from ossquant.checkpoint.writer import CheckpointWriter, Shard, plan_shards
+from ossquant.checkpoint.writer import CheckpointWriter, Shard, ShardWriter, plan_shards
 from ossquant.errors import CheckpointError, DoesNotFitError, UsageError
 from ossquant.plan import make_plan
 from ossquant.quantize import quantize
@@ -49,7 +49,7 @@ def interrupt(source: Path, output: Path, part: float, **options: Any) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize(source, output, HYBRID, max_shard_size=SHARD, progress=stop, **options)
+        quantize(source, output, HYBRID, progress=stop, **{"max_shard_size": SHARD, **options})
 
 
 @pytest.fixture
@@ -174,6 +174,41 @@ def test_resume_starts_over_what_is_damaged(source: Path, whole: dict[str, bytes
         shutil.rmtree(tmp_path / "out")
 
 
+def saved_tensors(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "ossquant-job.json").read_text())["saved"].get("model.safetensors", {})
+
+
+def test_resumes_inside_a_file(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one large file the tensors that the journal knows are not coded again; a changed one is."""
+    monkeypatch.setattr("ossquant.checkpoint.writer.SAVED_BYTES", 300_000)
+    quantize(source, tmp_path / "whole", HYBRID)
+    whole, written = contents(tmp_path / "whole"), []
+    write = ShardWriter.write
+
+    def watch(self: ShardWriter, name: str, data: memoryview, offset: int = 0, piece: int = 0) -> None:
+        written.append(name)
+        write(self, name, data, offset, piece)
+
+    monkeypatch.setattr(ShardWriter, "write", watch)
+    for damaged in (False, True):
+        out = tmp_path / f"out{damaged}"
+        interrupt(source, out, 0.7, max_shard_size=10**9)
+        known = saved_tensors(out)
+        assert len(known) > 20
+        if damaged:
+            name = next(iter(known))
+            place = next(p for p in shards_of(source, 10**9)[0].placed if p.tensor.name == name)
+            with (out / "model.safetensors.partial").open("r+b") as file:
+                file.seek(place.offset)
+                file.write(b"\xff" * 8)
+            known.pop(name)
+        written.clear()
+        assert quantize(source, out, HYBRID).resumed
+        assert written
+        assert not known.keys() & written
+        assert contents(out) == whole
+
+
 @pytest.mark.parametrize("other", ["recipe", "shard size", "source"])
 def test_other_job(source: Path, other: str, tmp_path: Path) -> None:
     """An unfinished job is not resumed by another one, which needs --force to replace it."""
@@ -256,9 +291,9 @@ def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def shards_of(source: Path) -> list[Shard]:
+def shards_of(source: Path, shard_size: int = SHARD) -> list[Shard]:
     with open_checkpoint(source) as checkpoint:
-        return plan_shards(make_plan(checkpoint.spec, HYBRID), SHARD)
+        return plan_shards(make_plan(checkpoint.spec, HYBRID), shard_size)
 
 
 def test_too_small_a_disk(source: Path, disk: Callable[[int], Path]) -> None:

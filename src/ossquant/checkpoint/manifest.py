@@ -15,19 +15,17 @@ from typing import Any, TypeVar
 from ossquant.checkpoint.header import check_count, read_json
 from ossquant.checkpoint.reader import SIDE_SUFFIXES, Checkpoint
 from ossquant.errors import CheckpointError
+from ossquant.jobs import MAX_THREADS
 from ossquant.layout import Role
 from ossquant.plan import Plan
 
 MANIFEST = "ossquant-manifest.json"  # beside config.json
 FORMAT_VERSION = 1
 MAX_PIECES = 2**16  # of one tensor: half a terabyte in pieces of 8 MiB
-MAX_THREADS = 8
 _READ_BYTES = 2**20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHARD = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
 
-# bytes done so far, of how many
-Progress = Callable[[int, int], None]
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 

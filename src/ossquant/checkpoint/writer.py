@@ -1,8 +1,9 @@
 """Write a checkpoint into a folder so that it appears whole or not at all.
 
 Every byte's place is known beforehand. Shards grow under a `.partial` name and in any order of pieces; a
-journal, ossquant-job.json, lists those that are done, with a hash of each tensor. When all are, they get their
-names, then the index and the manifest, then config.json: without it no reader takes the folder for a checkpoint.
+journal, ossquant-job.json, lists those that are done, and every gigabyte the tensors that are, each with its hash. When
+all are, the shards get their names, then the index and the manifest, then config.json: without it no reader takes the
+folder for a checkpoint.
 """
 
 import fcntl
@@ -29,6 +30,7 @@ from ossquant.scheme import ITEMSIZE, StoredTensor
 from ossquant.units import size
 
 METADATA = {"format": "pt"}  # transformers asks for it
+SAVED_BYTES = 2**30  # of a shard, after which the journal learns of its tensors
 _ATTEMPTS = "ossquant-attempts-"  # begins the name of a folder with what other processes write
 
 Entries = dict[str, TensorEntry]  # by the tensors' names
@@ -36,17 +38,18 @@ Entries = dict[str, TensorEntry]  # by the tensors' names
 
 @dataclass(frozen=True)
 class Shard:
-    """One file to be: its header, and the place of each of its tensors."""
+    """One file to be: its header, the place of each of its tensors, and zeros after the last."""
 
     name: str
     header: bytes
     placed: tuple[Placed, ...]
+    padding: int = 0
 
     @property
     def nbytes(self) -> int:
         """Size of the file."""
         last = self.placed[-1]
-        return last.offset + last.tensor.nbytes
+        return last.offset + last.tensor.nbytes + self.padding
 
 
 def plan_shards(plan: Plan, max_shard_size: int) -> list[Shard]:
@@ -85,19 +88,34 @@ class TensorWriter(Protocol):
 
 
 class ShardWriter:
-    """A TensorWriter of one file, which it creates; `done` is told of its tensors when the last byte is on the disk."""
+    """A TensorWriter of one file; `done` is told of its tensors when the last byte is on the disk.
 
-    def __init__(self, shard: Shard, path: Path, done: Callable[[Entries], None]) -> None:
+    saved are tensors that stand whole in the file already; without any it is made anew. From time to time `save` is
+    told of all tensors that are on the disk.
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        path: Path,
+        done: Callable[[Entries], None],
+        saved: Entries | None = None,
+        save: Callable[[Entries], None] | None = None,
+    ) -> None:
         self.shard = shard
         self.path = path
-        self._finished = done
-        self._lock = threading.Lock()
+        self._finished, self._save = done, save
+        self._lock, self._sync_lock = threading.Lock(), threading.Lock()
         self._placed = {placed.tensor.name: placed for placed in shard.placed}
+        self._whole = dict(saved or {})
+        self._left = {name: each.tensor.nbytes for name, each in self._placed.items() if name not in self._whole}
+        self._unsaved = 0  # bytes of whole tensors
         self._hashes: dict[str, TensorHash] = {}
         self._pieces: dict[str, int] = {}
-        self._left = sum(placed.tensor.nbytes for placed in shard.placed)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | (0 if saved else os.O_TRUNC), 0o666)
         os.pwrite(self._file, shard.header, 0)
+        if shard.padding:
+            os.ftruncate(self._file, shard.nbytes)
 
     def needs(self, name: str) -> bool:
         """Whether a tensor belongs to the file."""
@@ -112,20 +130,36 @@ class ShardWriter:
             while view:
                 done = os.pwrite(self._file, view[: 1 << 20], position)
                 view, position = view[done:], position + done
-            with self._lock:
-                self._left -= len(data)
-                last = not self._left
-            if last:
-                os.fsync(self._file)
+            self._count(name, len(data))
         except OSError as error:
             raise _disk_error(error, self.path.parent) from error
+
+    def _count(self, name: str, nbytes: int) -> None:
+        """Count what was written; tell of the file when it is whole, of its tensors when there are many."""
+        with self._lock:
+            self._left[name] -= nbytes
+            if not self._left[name]:
+                del self._left[name]
+                self._whole[name] = TensorEntry(self.shard.name, self._pieces[name], self._hashes[name].hexdigest())
+                self._unsaved += self._placed[name].tensor.nbytes
+            last, due = not self._left, self._save is not None and self._unsaved >= SAVED_BYTES
+            if due:
+                self._unsaved = 0
+            whole = dict(self._whole) if last or due else {}
         if last:
+            with self._sync_lock:
+                os.fsync(self._file)
             self.close()
-            self._finished(self._entries())
+            self._finished({name: whole[name] for name in self._placed})
+        elif due and self._save:
+            with self._sync_lock:
+                if self._file >= 0:
+                    os.fdatasync(self._file)
+            self._save(whole)
 
     def close(self) -> None:
         """Close the file, whole or not."""
-        with self._lock:
+        with self._sync_lock:
             if self._file >= 0:
                 os.close(self._file)
                 self._file = -1
@@ -136,12 +170,6 @@ class ShardWriter:
                 self._hashes[tensor.name] = TensorHash(tensor.nbytes, piece)
                 self._pieces[tensor.name] = piece
             return self._hashes[tensor.name]
-
-    def _entries(self) -> Entries:
-        return {
-            name: TensorEntry(self.shard.name, self._pieces[name], self._hashes[name].hexdigest())
-            for name in self._placed
-        }
 
 
 class CheckpointWriter:
@@ -160,7 +188,9 @@ class CheckpointWriter:
         self._places = {placed.tensor.name: (shard, placed) for shard in shards for placed in shard.placed}
         self._files: dict[str, ShardWriter] = {}
         self._done: dict[str, Entries] = {}  # the tensors of each finished shard
+        self._saved: dict[str, Entries] = {}  # those of an unfinished one that are on the disk
         self._committing = False
+        self.resumed = False  # whether an interrupted run has left anything that is done
 
     def __enter__(self) -> "CheckpointWriter":
         self._claim_alone()
@@ -180,8 +210,9 @@ class CheckpointWriter:
         os.close(self._folder_file)  # and with it the lock
 
     def needs(self, name: str) -> bool:
-        """Whether a tensor's file is still to be written."""
-        return self._places[name][0].name not in self._done
+        """Whether a tensor is still to be written."""
+        shard = self._places[name][0].name
+        return shard not in self._done and name not in self._saved.get(shard, {})
 
     @property
     def tensors(self) -> dict[str, TensorEntry]:
@@ -236,11 +267,17 @@ class CheckpointWriter:
         self._record(shard, entries)
 
     def commit(
-        self, config: Mapping[str, Any], total_size: int, side_files: Iterable[Path], manifest: Manifest | None = None
+        self,
+        config: Mapping[str, Any],
+        total_size: int | None,
+        side_files: Iterable[Path],
+        manifest: Manifest | None = None,
+        made: Mapping[str, bytes] | None = None,
     ) -> None:
         """Give everything its name, config.json last. Raises CheckpointError if a shard is not whole.
 
-        The manifest gets the hashes of what is written beside the weights.
+        total_size is what the index of several shards says; None where they have none. made are further files, by
+        name. The manifest gets the hashes of what is written beside the weights.
         """
         if self.unfinished:
             raise CheckpointError(f"{self.unfinished[0].name}: not all of it was written", hint="run the command again")
@@ -253,13 +290,15 @@ class CheckpointWriter:
                 partial = self._partial(shard.name)
                 if partial.exists():  # else a commit that was cut short has named it
                     partial.replace(self.folder / shard.name)
-            self._remove_strangers({path.name for path in side_files})
+            made = dict(made or {})
+            if len(self.shards) > 1 and total_size is not None:
+                made[INDEX] = self._index(total_size)
+            self._remove_strangers({*made, *(path.name for path in side_files)})
             for path in side_files:
                 _copy_whole(path, self.folder / path.name)
-            made = {"config.json": json.dumps(config, indent=2).encode() + b"\n"}
-            if len(self.shards) > 1:
-                made[INDEX] = self._index(total_size)
-                _write_whole(self.folder / INDEX, made[INDEX])
+            for name, data in made.items():
+                _write_whole(self.folder / name, data)
+            made["config.json"] = json.dumps(config, indent=2).encode() + b"\n"
             if manifest:
                 hashes = {path.name: hash_file(self.folder / path.name) for path in side_files}
                 hashes |= {name: SideFile(len(data), hashlib.sha256(data).hexdigest()) for name, data in made.items()}
@@ -292,14 +331,20 @@ class CheckpointWriter:
         self._committing = ours and journal.get("committing", False)
         if not ours and _holds_anything(self.folder):
             self._check_replaceable(job)
-        listed = _listed(journal) if ours else {}
+        listed, saved = (_listed(journal, key) if ours else {} for key in ("done", "saved"))
         self._done = {s.name: listed[s.name] for s in self.shards if s.name in listed and self._is_whole(s, listed)}
+        self._saved = {
+            s.name: sound
+            for s in self.shards
+            if s.name in saved and s.name not in self._done and (sound := self._sound(s, saved[s.name]))
+        }
         try:
             for stale in self.folder.glob("*.partial"):
-                if stale.name.removesuffix(".partial") not in self._done:
+                if stale.name.removesuffix(".partial") not in (self._done | self._saved):
                     stale.unlink()
             for stale in self.folder.glob(f"{_ATTEMPTS}*"):
                 shutil.rmtree(stale, ignore_errors=True)
+            self.resumed = bool(self._done or self._saved)
             self._check_room()
             self._save_journal()
         except OSError as error:
@@ -320,11 +365,23 @@ class CheckpointWriter:
         named = [self.folder / shard.name] if self._committing else []  # else that is a checkpoint to be replaced
         for path in (self._partial(shard.name), *named):
             if path.is_file() and path.stat().st_size == shard.nbytes:
-                return _header_is(path, shard.header) and _hashes_are(path, shard, listed[shard.name])
+                entries = listed[shard.name]
+                return _header_is(path, shard.header) and _unchanged(path, shard.placed, entries) == entries
         return False
 
+    def _sound(self, shard: Shard, saved: Entries) -> Entries:
+        """Those tensors of an unfinished shard that are there, byte for byte."""
+        path = self._partial(shard.name)
+        if not path.is_file() or not _header_is(path, shard.header):
+            return {}
+        end = path.stat().st_size
+        inside = [
+            each for each in shard.placed if each.tensor.name in saved and each.offset + each.tensor.nbytes <= end
+        ]
+        return _unchanged(path, inside, saved)
+
     def _check_room(self) -> None:
-        needed = sum(shard.nbytes for shard in self.unfinished)
+        needed = sum(shard.nbytes - self._allocated(shard) for shard in self.unfinished)
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise DoesNotFitError(
@@ -332,32 +389,49 @@ class CheckpointWriter:
                 hint="free some space or choose another disk",
             )
 
+    def _allocated(self, shard: Shard) -> int:
+        """Bytes of the disk that an unfinished shard has already."""
+        partial = self._partial(shard.name)
+        return min(shard.nbytes, 512 * partial.stat().st_blocks) if partial.exists() else 0
+
     def _open(self, shard: Shard) -> ShardWriter:
         with self._lock:
             if shard.name not in self._files:
                 try:
                     self._files[shard.name] = ShardWriter(
-                        shard, self._partial(shard.name), partial(self._record, shard)
+                        shard,
+                        self._partial(shard.name),
+                        partial(self._record, shard),
+                        self._saved.get(shard.name),
+                        partial(self._save, shard),
                     )
                 except OSError as error:
                     raise _disk_error(error, self.folder) from error
             return self._files[shard.name]
 
+    def _save(self, shard: Shard, entries: Entries) -> None:
+        """Note tensors of an unfinished shard that are on the disk."""
+        with self._lock:
+            if shard.name not in self._done:
+                self._saved[shard.name] = entries
+                self._save_journal()
+
     def _record(self, shard: Shard, entries: Entries) -> None:
         try:
             with self._lock:
                 self._done[shard.name] = entries
+                self._saved.pop(shard.name, None)
                 self._files.pop(shard.name, None)
                 self._save_journal()
         except OSError as error:
             raise _disk_error(error, self.folder) from error
 
     def _save_journal(self) -> None:
-        done = {
-            shard: {name: [entry.piece, entry.sha256] for name, entry in entries.items()}
-            for shard, entries in self._done.items()
-        }
-        journal = {"identity": self._identity, "done": done, "committing": self._committing}
+        done, saved = (
+            {shard: {name: [entry.piece, entry.sha256] for name, entry in entries.items()} for shard, entries in each}
+            for each in (self._done.items(), self._saved.items())
+        )
+        journal = {"identity": self._identity, "done": done, "saved": saved, "committing": self._committing}
         _write_whole(self.folder / JOB, json.dumps(journal).encode())
 
     def _partial(self, name: str) -> Path:
@@ -392,15 +466,15 @@ def _read_journal(path: Path) -> dict[str, Any]:
         journal = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    sound = isinstance(journal, dict) and isinstance(journal.get("done"), dict)
+    sound = isinstance(journal, dict) and all(isinstance(journal.get(key), dict) for key in ("done", "saved"))
     return journal if sound else {}
 
 
-def _listed(journal: Mapping[str, Any]) -> dict[str, Entries]:
-    """The finished shards of a journal of ours, which our own digest vouches for."""
+def _listed(journal: Mapping[str, Any], key: str) -> dict[str, Entries]:
+    """The tensors of each shard under a key of a journal of ours, which our own digest vouches for."""
     return {
         shard: {name: TensorEntry(shard, piece, sha256) for name, (piece, sha256) in entries.items()}
-        for shard, entries in journal["done"].items()
+        for shard, entries in journal[key].items()
     }
 
 
@@ -409,11 +483,12 @@ def _header_is(path: Path, header: bytes) -> bool:
         return file.read(len(header)) == header
 
 
-def _hashes_are(path: Path, shard: Shard, entries: Entries) -> bool:
-    locations = {placed.tensor.name: Location(path, placed) for placed in shard.placed}
+def _unchanged(path: Path, placed: Iterable[Placed], entries: Entries) -> Entries:
+    """Those of the tensors whose bytes in the file still have the hash of their entry."""
+    locations = {each.tensor.name: Location(path, each) for each in placed}
     with Checkpoint(path.parent, {}, locations) as written:
         found = hash_tensors(written, {name: entries[name].piece for name in locations})
-    return all(found[name] == entries[name].sha256 for name in locations)
+    return {name: entries[name] for name in locations if found[name] == entries[name].sha256}
 
 
 def _write_whole(path: Path, data: bytes) -> None:

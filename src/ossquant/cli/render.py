@@ -21,7 +21,7 @@ from ossquant.plan import Plan
 from ossquant.units import count, size, size_both
 
 if TYPE_CHECKING:
-    from ossquant.quantize import Progress as ProgressCallback
+    from ossquant.jobs import Progress as ProgressCallback
 
 NARROWEST = 80  # below it the terminal may wrap lines, but no figure is cut
 
