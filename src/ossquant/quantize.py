@@ -24,6 +24,7 @@ from ossquant.jobs import Job, Progress, nothing, run_jobs
 from ossquant.layout import Role
 from ossquant.plan import QUANTIZED, Plan, TensorPlan, make_plan
 from ossquant.recipe import BF16, Recipe
+from ossquant.rope import Rope
 from ossquant.scheme import INT4_GROUP, Scheme, StoredTensor
 
 DEFAULT_SHARD_SIZE = 5 * 10**9  # as the hub's tools split
@@ -103,10 +104,10 @@ def quantize(
     """
     started, cpu_started = time.monotonic(), time.process_time()
     with open_source(source) as checkpoint:
-        _check_output(output, checkpoint.folder)
+        check_output(output, checkpoint.folder)
         plan = plan_quantize(checkpoint, recipe)
         shards = plan_shards(plan, max_shard_size)
-        with CheckpointWriter(output, shards, _identity(checkpoint), force=force) as writer:
+        with CheckpointWriter(output, shards, identity(checkpoint), force=force) as writer:
             resumed = writer.resumed
             loss = Loss()
             cpu_elsewhere = run(checkpoint, plan, writer, loss, progress)
@@ -144,6 +145,10 @@ def output_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     checkpoint instead of loading random weights.
     """
     result = {key: value for key, value in config.items() if key != "quantization_config"}
+    if "rope_parameters" in result and "rope_theta" not in result:
+        # transformers 5 saves it so; other servers know the published keys alone, and mlx-lm would go without YaRN
+        rope = Rope.from_config({"rope_parameters": result.pop("rope_parameters"), **result})
+        result |= rope.published()
     experts = plan.scheme(Role.EXPERTS)
     if plan.unsloth:
         result["quantization_config"] = bitsandbytes_config(plan.scheme(Role.EXPERTS))
@@ -221,13 +226,15 @@ def side_files(folder: Path) -> list[Path]:
     )
 
 
-def _check_output(output: Path, source: Path) -> None:
+def check_output(output: Path, source: Path) -> None:
+    """Raise UsageError for an OUTPUT that is the source, or inside of it."""
     inside = output.resolve()
     if inside == source.resolve() or source.resolve() in inside.parents:
         raise UsageError(f"{output} lies inside the source", hint="choose an OUTPUT outside of it")
 
 
-def _identity(checkpoint: Checkpoint) -> dict[str, Any]:
+def identity(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What makes a job the same as one before: the source's files and config, and our version."""
     files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in checkpoint.files]
     config = hashlib.sha256(repr(sorted(checkpoint.config.items())).encode()).hexdigest()
     return {"files": files, "config": config, "origin": checkpoint.origin, "ossquant": version("ossquant")}

@@ -86,11 +86,12 @@ BUILT_IN = {
 }  # fmt: skip
 
 
-def _gguf(name: str, dense: str, why: str) -> Recipe:
+def gguf_recipe(name: str, dense: str, experts: str = "mxfp4", why: str = "") -> Recipe:
+    """The roles of a GGUF file: experts and what is large and dense as named, the rest in f32, as llama.cpp asks."""
     dense_roles = (Role.ATTENTION, Role.EMBEDDING, Role.LM_HEAD)
     f32_roles = (Role.ROUTER, Role.NORM, Role.BIAS, Role.EXPERT_BIAS)
     return Recipe(name, why, {
-        Role.EXPERTS: Scheme("mxfp4"), **dict.fromkeys(dense_roles, Scheme(dense)), **dict.fromkeys(f32_roles, F32)
+        Role.EXPERTS: Scheme(experts), **dict.fromkeys(dense_roles, Scheme(dense)), **dict.fromkeys(f32_roles, F32)
     })  # fmt: skip
 
 
@@ -98,8 +99,8 @@ def _gguf(name: str, dense: str, why: str) -> Recipe:
 SERVED = {
     recipe.name: recipe
     for recipe in (
-        _gguf("gguf-q8", "q8_0", "the GGUF that most people download: MXFP4 experts, the rest q8_0"),
-        _gguf("gguf-bf16", "bf16", "the GGUF that Ollama ships: MXFP4 experts, the rest bf16"),
+        gguf_recipe("gguf-q8", "q8_0", why="the GGUF that most people download: MXFP4 experts, the rest q8_0"),
+        gguf_recipe("gguf-bf16", "bf16", why="the GGUF that Ollama ships: MXFP4 experts, the rest bf16"),
     )
 }
 

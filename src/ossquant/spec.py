@@ -6,6 +6,8 @@ from typing import Any
 
 from ossquant.errors import CheckpointError, UnsupportedError
 
+# The tokens that give a conversation its form. Source: OpenAI's harmony response format.
+HARMONY_MARKERS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>", "<|constrain|>")
 # Beyond these it is a damaged or hostile config, not a model.
 MAX_DIMENSION = 2**24
 MAX_LAYERS = MAX_EXPERTS = 2**12

@@ -122,12 +122,12 @@ def _refuse(where: str, what: str) -> NoReturn:
 
 
 @uncollected()
-def parse_json(raw: bytes, where: str) -> dict[str, Any]:
+def parse_json(raw: bytes, where: str, max_bytes: int = MAX_JSON_BYTES, max_marks: int = _MAX_MARKS) -> dict[str, Any]:
     """Parse a JSON object from an untrusted file: no duplicate keys, no deep nesting, no more of it than models have.
 
     Its marks are counted before it is parsed, which keeps it within a second and some 200 MB. Raises CheckpointError.
     """
-    if len(raw) > MAX_JSON_BYTES or sum(map(raw.count, _MARKS)) > _MAX_MARKS:
+    if len(raw) > max_bytes or sum(map(raw.count, _MARKS)) > max_marks:
         raise CheckpointError(f"{where}: more JSON than any model has", hint="do not trust this checkpoint")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -146,11 +146,11 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, max_marks: int = _MAX_MARKS) -> dict[str, Any]:
     """Read a JSON object from an untrusted file of a sensible size. Raises CheckpointError."""
-    if path.stat().st_size > MAX_JSON_BYTES:
+    if path.stat().st_size > max_bytes:
         raise CheckpointError(f"{path.name}: larger than any such file is", hint="fetch this file again")
-    return parse_json(path.read_bytes(), path.name)
+    return parse_json(path.read_bytes(), path.name, max_bytes, max_marks)
 
 
 def build_header(tensors: Sequence[StoredTensor], metadata: dict[str, str]) -> tuple[bytes, list[Placed]]:

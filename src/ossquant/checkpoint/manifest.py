@@ -24,7 +24,8 @@ FORMAT_VERSION = 1
 MAX_PIECES = 2**16  # of one tensor: half a terabyte in pieces of 8 MiB
 _READ_BYTES = 2**20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_SHARD = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
+_SHARD = re.compile(r"[\w.-]{1,200}\.(safetensors|gguf)", re.ASCII)
+MODELFILE = "Modelfile"  # Ollama's recipe, beside a GGUF file
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -256,7 +257,7 @@ def _entry(table: dict[str, Any]) -> TensorEntry:
 
 
 def _side_name(name: str) -> str:
-    if not is_side_file(name):
+    if not is_side_file(name) and name != MODELFILE:
         raise _error(f"'{name[:120]}' is not the name of a file beside the weights")
     return name
 
@@ -293,7 +294,7 @@ def _sha256(value: object) -> str:
 
 def _shard(value: object) -> str:
     if not isinstance(value, str) or not _SHARD.fullmatch(value):
-        raise _error(f"'{str(value)[:120]}' is not the name of a safetensors file beside it")
+        raise _error(f"'{str(value)[:120]}' is not the name of a file of weights beside it")
     return value
 
 

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from ossquant.checkpoint.header import Placed, check_count, read_header, read_json, uncollected
-from ossquant.errors import CheckpointError, UsageError
+from ossquant.errors import CheckpointError, UnsupportedError, UsageError
 from ossquant.plan import Plan, read_plan
 from ossquant.scheme import StoredTensor
 from ossquant.spec import ModelSpec
@@ -145,6 +145,8 @@ def _locate(folder: Path) -> dict[str, Location]:
     elif (folder / SINGLE).is_file():
         weight_map, shards = None, [SINGLE]
     else:
+        if any(folder.glob("*.gguf")):
+            raise UnsupportedError(f"{folder}: a GGUF file, for llama.cpp and Ollama", hint="name what it was made of")
         raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX}", hint="only safetensors are read")
     files: set[tuple[int, int]] = set()
 

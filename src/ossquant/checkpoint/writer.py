@@ -22,7 +22,16 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from ossquant.checkpoint.header import Placed, build_header
-from ossquant.checkpoint.manifest import MANIFEST, Manifest, SideFile, TensorEntry, TensorHash, hash_file, hash_tensors
+from ossquant.checkpoint.manifest import (
+    MANIFEST,
+    MODELFILE,
+    Manifest,
+    SideFile,
+    TensorEntry,
+    TensorHash,
+    hash_file,
+    hash_tensors,
+)
 from ossquant.checkpoint.reader import CHECKPOINT_SUFFIXES, INDEX, JOB, SINGLE, Checkpoint, Location
 from ossquant.errors import CheckpointError, DoesNotFitError, UsageError
 from ossquant.plan import Plan
@@ -441,7 +450,8 @@ class CheckpointWriter:
         """Remove what is left of a checkpoint that --force replaces."""
         ours = {JOB, *side_files, *(shard.name for shard in self.shards)}
         for path in self.folder.iterdir():
-            if path.is_file() and path.name not in ours and path.suffix in CHECKPOINT_SUFFIXES:
+            belongs = path.suffix in (*CHECKPOINT_SUFFIXES, ".gguf") or path.name == MODELFILE
+            if path.is_file() and path.name not in ours and belongs:
                 path.unlink()
 
     def _index(self, total_size: int) -> bytes:

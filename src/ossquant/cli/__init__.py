@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from ossquant.cli import bench, chat, fit, merge, quantize, run, verify, warmup
+from ossquant.cli import bench, chat, export, fit, merge, quantize, run, verify, warmup
 from ossquant.errors import CheckpointError, DoesNotFitError, OssquantError, UsageError
 
 EXIT_CODES: dict[type[OssquantError], int] = {UsageError: 2, CheckpointError: 3, DoesNotFitError: 4}
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command("fit")(fit.fit)
 app.command("quantize")(quantize.quantize)
 app.command("merge")(merge.merge)
+app.command("export")(export.export)
 app.command("verify")(verify.verify)
 app.command("run")(run.run)
 app.command("chat")(chat.chat)

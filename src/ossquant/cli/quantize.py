@@ -13,7 +13,7 @@ from ossquant.recipe import BUILT_IN, Recipe, built_in, load_recipe
 from ossquant.units import count, parse_size, size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from ossquant.checkpoint.reader import Checkpoint
     from ossquant.plan import Plan
@@ -79,7 +79,7 @@ def _print_plan(source: str, recipe: Recipe, as_json: bool) -> None:
     with open_checkpoint(source) as checkpoint:
         plan = plan_quantize(checkpoint, recipe)
         if as_json:
-            render.print_json({"source": source, "scheme": recipe.name, **_plan_json(plan)})
+            render.print_json({"source": source, "scheme": recipe.name, **plan_json(plan)})
             return
         render.note(_costs(checkpoint, recipe))
         if recipe.unsloth:
@@ -107,7 +107,7 @@ def _write(
     if as_json:
         render.print_json(report_json(report, recipe))
     else:
-        render.out.print(summary(report), soft_wrap=True)
+        render.print_line(summary(report))
 
 
 def _quantizer(ray: str | None) -> "Callable[..., QuantizeReport]":
@@ -152,11 +152,12 @@ def _rounding(error: float | None) -> str:
     return f"; experts rounded to MXFP4 with {lost}"
 
 
-def _plan_json(plan: "Plan") -> dict[str, Any]:
+def plan_json(plan: "Plan", counts: "Mapping[Role, int] | None" = None) -> dict[str, Any]:
+    """What a plan holds, by role; counts are its tensors in a file that does not have the plan's own."""
     roles = {
         total.role.value: {
             "format": total.scheme.format,
-            "tensors": total.tensors,
+            "tensors": counts[total.role] if counts else total.tensors,
             "parameters": total.parameters,
             "bits_per_weight": round(total.bits_per_weight, 4),
             "bytes": total.nbytes,
@@ -171,7 +172,7 @@ def _plan_json(plan: "Plan") -> dict[str, Any]:
     }
 
 
-def report_json(report: "QuantizeReport", recipe: Recipe) -> dict[str, Any]:
+def report_json(report: "QuantizeReport", recipe: Recipe, counts: "Mapping[Role, int] | None" = None) -> dict[str, Any]:
     """What was made, for --json."""
     return {
         "output": str(report.output),
@@ -182,5 +183,5 @@ def report_json(report: "QuantizeReport", recipe: Recipe) -> dict[str, Any]:
         "seconds": round(report.seconds, 3),
         "cpu_seconds": round(report.cpu_seconds, 3),
         "mxfp4_error": report.mxfp4_error,
-        **_plan_json(report.result),
+        **plan_json(report.result, counts),
     }

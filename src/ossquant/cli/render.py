@@ -1,7 +1,7 @@
 """How things look in a terminal; the one module that knows rich."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from ossquant.layout import Role
 from ossquant.plan import Plan
 from ossquant.units import count, size, size_both
 
@@ -86,6 +87,12 @@ def print_line(text: str) -> None:
     out.print(text, soft_wrap=True)
 
 
+def print_lines(lines: Sequence[str]) -> None:
+    """Print lines on stdout."""
+    for line in lines:
+        print_line(line)
+
+
 def bar(part: float, width: int) -> str:
     """Draw a share as a bar; what is above the whole fills it and adds a plus."""
     full, empty = ("█", "░") if out.encoding.lower().startswith("utf") else ("#", ".")
@@ -93,20 +100,20 @@ def bar(part: float, width: int) -> str:
     return (full * filled + empty * (width - filled))[: width - (part > 1)] + "+" * (part > 1)
 
 
-def print_plan(plan: Plan, title: str) -> None:
-    """Print a plan by role."""
+def print_plan(plan: Plan, title: str, counts: Mapping[Role, int] | None = None) -> None:
+    """Print a plan by role; counts are its tensors in a file that does not have the plan's own."""
+    counts = counts or {total.role: total.tensors for total in plan.by_role()}
     rows = [
-        [total.role, total.scheme.format, f"{total.tensors:,}", count(total.parameters),
+        [total.role, total.scheme.format, f"{counts[total.role]:,}", count(total.parameters),
          f"{total.bits_per_weight:.3f}", size(total.nbytes)]
         for total in plan.by_role()
     ]  # fmt: skip
     bits = 8 * plan.nbytes / plan.parameters
-    tensors = sum(len(entry.stored) for entry in plan.tensors)
     print_table(
         title,
         ("role", "format", "tensors", "parameters", "bits/weight", "bytes"),
         rows,
-        ("total", "", f"{tensors:,}", count(plan.parameters), f"{bits:.3f}", size_both(plan.nbytes)),
+        ("total", "", f"{sum(counts.values()):,}", count(plan.parameters), f"{bits:.3f}", size_both(plan.nbytes)),
     )
 
 

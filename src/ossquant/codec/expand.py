@@ -14,7 +14,6 @@ from ossquant.checkpoint.header import parse_json
 from ossquant.checkpoint.reader import Checkpoint
 from ossquant.codec import bnb4, int4, mxfp4, nested
 from ossquant.codec.bnb4 import Floats
-from ossquant.codec.mxfp4 import Bf16Bits
 from ossquant.errors import CheckpointError, UnsupportedError
 from ossquant.layout import Role, TensorInfo
 from ossquant.plan import TensorPlan
@@ -117,14 +116,14 @@ def _open_bf16(checkpoint: Checkpoint, entry: TensorPlan, expert: int | None) ->
     name = entry.stored[0].name
     if len(entry.stored) > 1:  # biases that lie beside their experts, one by one
         biases = np.concatenate([_read(checkpoint, part.name, np.uint16, 0, columns) for part in entry.stored])
-        return lambda begin, end: _floats(biases.reshape(rows, columns)[begin:end])
+        return lambda begin, end: mxfp4.to_floats(biases.reshape(rows, columns)[begin:end])
     if expert is None:
-        return lambda begin, end: _floats(
+        return lambda begin, end: mxfp4.to_floats(
             _read(checkpoint, name, np.uint16, begin * columns, (end - begin) * columns).reshape(-1, columns)
         )
     # an expert lies there as (in, out), so its rows are spread over all of it
     stored = _read(checkpoint, name, np.uint16, expert * rows * columns, rows * columns).reshape(columns, rows)
-    return lambda begin, end: _floats(stored[:, begin:end].T)
+    return lambda begin, end: mxfp4.to_floats(stored[:, begin:end].T)
 
 
 def _open_f32(checkpoint: Checkpoint, entry: TensorPlan, expert: int | None) -> Expand:
@@ -143,7 +142,7 @@ def _open_mxfp4(checkpoint: Checkpoint, entry: TensorPlan, expert: int | None) -
         at, count = (first + begin) * groups, (end - begin) * groups
         blocks = _read(checkpoint, f"{name}_blocks", np.uint8, at * 16, count * 16)
         scales = _read(checkpoint, f"{name}_scales", np.uint8, at, count)
-        return _floats(mxfp4.dequantize(blocks.reshape(-1, groups, 16), scales.reshape(-1, groups), name))
+        return mxfp4.to_floats(mxfp4.dequantize(blocks.reshape(-1, groups, 16), scales.reshape(-1, groups), name))
 
     return read
 
@@ -214,12 +213,6 @@ _OPEN = {
     "fp4": _open_bnb4,
     "int4": _open_int4,
 }
-
-
-def _floats(bits: Bf16Bits) -> Floats:
-    wide = np.ascontiguousarray(bits).astype(np.uint32)
-    wide <<= 16
-    return wide.view(np.float32)
 
 
 def _read(checkpoint: Checkpoint, name: str, dtype: type, begin: int, count: int) -> npt.NDArray[Any]:

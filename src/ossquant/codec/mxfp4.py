@@ -82,6 +82,13 @@ def squared_error(rows: Bf16Bits, blocks: Bytes, scales: Bytes) -> tuple[float, 
     return float(error), float(norm)
 
 
+def to_floats(bits: Bf16Bits) -> npt.NDArray[np.float32]:
+    """Widen bf16, as its bits, to float32 of the same shape."""
+    wide = np.ascontiguousarray(bits).astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
+
+
 def check_scales(scales: Bytes, name: str) -> None:
     """Raise CheckpointError for a scale whose weights bf16 cannot hold."""
     if scales.size and int(scales.max()) > MAX_SCALE:

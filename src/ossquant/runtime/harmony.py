@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ossquant.errors import CheckpointError
+from ossquant.spec import HARMONY_MARKERS
 
-MARKERS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>", "<|constrain|>")
 # gpt-oss' generation_config.json; <|call|> waits for a tool
 STOPS = ("<|return|>", "<|call|>", "<|endoftext|>")
 
@@ -38,7 +38,7 @@ class HarmonyParser:
         self.messages: list[Message] = []
         self._tokenizer = tokenizer
         self._on_text = on_text or (lambda channel, text: None)
-        self._markers = {tokenizer.convert_tokens_to_ids(marker): marker for marker in MARKERS}
+        self._markers = {tokenizer.convert_tokens_to_ids(marker): marker for marker in HARMONY_MARKERS}
         if None in self._markers or tokenizer.unk_token_id in self._markers:
             raise CheckpointError(
                 "the tokenizer has no harmony tokens such as <|channel|>",

@@ -1,0 +1,1 @@
+"""Checkpoints for the servers people run, one target a file."""

@@ -1,0 +1,22 @@
+"""Ollama's recipe beside a GGUF file: what to load, how to sample, and from which version on."""
+
+from collections.abc import Sequence
+
+# From 0.30 on Ollama runs llama.cpp's server. 0.11.5 to 0.13 take such files, too, but do not know REQUIRES; earlier
+# versions know the architecture under another name. Source: Ollama's issues 11714 and 11816 and its docs, 2026-11-26
+MINIMUM_VERSION = "0.30.0"
+
+
+def modelfile(files: Sequence[str]) -> bytes:
+    """The Modelfile of a model in files of these names, which lie beside it.
+
+    Sampling is what OpenAI recommends: temperature 1, all tokens. The template is the file's own.
+    """
+    lines = [
+        *(f"FROM ./{name}" for name in files),
+        f"REQUIRES {MINIMUM_VERSION}",
+        "PARAMETER temperature 1",
+        "PARAMETER top_k 0",
+        "PARAMETER top_p 1",
+    ]
+    return "\n".join(lines).encode() + b"\n"
