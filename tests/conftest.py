@@ -1,10 +1,11 @@
 """Checkpoints to test with: random ones in the published layout, and the trained one in tests/data/tiny."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ossquant.recipe import built_in
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ROOT / "tests/data/tiny"
+LLAMA = ROOT / ".venv/llama"
 SCHEMES = ("hybrid", "nf4", "fp4", "mxfp4", "int4", "bf16")
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -50,6 +52,26 @@ def quantized(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> dict[s
     for scheme in SCHEMES:
         quantize(trained, folder / scheme, built_in(scheme), max_shard_size=10**6)
     return {scheme: folder / scheme for scheme in SCHEMES}
+
+
+@pytest.fixture(scope="session")
+def llama_cpp() -> Callable[..., list[list[dict[str, Any]]]]:
+    """Have a real llama.cpp load models and answer prompts, the likeliest token each time.
+
+    Gives a list a model of {"prompt", "tokens", "text"}, one a prompt.
+    """
+    if not (LLAMA / "version").is_file():
+        pytest.fail("no llama.cpp: run scripts/setup_llama")
+
+    def answer(models: Sequence[Path], prompts: Sequence[str], most_tokens: int = 320) -> list[list[dict[str, Any]]]:
+        job = {"llama": str(LLAMA), "models": list(map(str, models)), "prompts": prompts, "maxTokens": most_tokens}
+        command = ["node", str(ROOT / "tests/export/generate.mjs")]
+        done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+        found: list[list[dict[str, Any]]] = json.loads(done.stdout)
+        return found
+
+    return answer
 
 
 def _make(output: Path, form: str) -> Path:

@@ -1,6 +1,5 @@
 """Rope: how positions turn queries and keys, as config.json says it."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +69,6 @@ def _table(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _number(table: Mapping[str, Any], key: str, default: object = None) -> float:
     value = table.get(key, default)
-    if type(value) not in (int, float) or not math.isfinite(value) or not 0 < value <= 2**40:
+    if type(value) not in (int, float) or not 0 < value <= 2**40:  # nor is NaN in between
         raise CheckpointError(f"config.json: rope's '{key}' is {str(value)[:40]!r}, not a sensible number", hint=_HINT)
     return float(value)

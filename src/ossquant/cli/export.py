@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ossquant.checkpoint.manifest import MODELFILE
 from ossquant.cli.options import CheckpointArgument, JsonOption
 from ossquant.cli.quantize import plan_json, report_json, summary
 from ossquant.errors import UsageError
@@ -75,6 +74,7 @@ class _Job:
 
 
 def _gguf(job: _Job, dense: str, experts: str) -> None:
+    from ossquant.checkpoint.manifest import MODELFILE
     from ossquant.checkpoint.reader import open_checkpoint
     from ossquant.cli import render
     from ossquant.export.gguf import GgufPlan, export_gguf, model_name, plan_gguf
@@ -179,7 +179,7 @@ def _next(target: Target, output: Path, file: str) -> str:
     folder = shlex.quote(str(output))
     lines = {
         "gguf": f"llama-server -m {shlex.quote(str(output / file))} --host 127.0.0.1",
-        "ollama": f"ollama create {shlex.quote(output.resolve().name.lower())} -f {folder}/{MODELFILE}",
+        "ollama": f"ollama create {shlex.quote(output.resolve().name.lower())} -f {folder}/Modelfile",
         "mxfp4": f"vllm serve {folder} --host 127.0.0.1",
         "vllm-int4": f"vllm serve {folder} --host 127.0.0.1",
         "unsloth": f"in Python: FastLanguageModel.from_pretrained({str(output)!r})",

@@ -99,6 +99,8 @@ def _patterns(pre_tokenizer: object) -> list[object]:
     if not isinstance(pre_tokenizer, dict):
         return []
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    if not isinstance(steps, list):
+        return []
     found = [step["pattern"] for step in steps if isinstance(step, dict) and isinstance(step.get("pattern"), dict)]
     return [pattern.get("Regex") for pattern in found]
 
@@ -128,12 +130,12 @@ def _by_id(
     for text, (number, kind) in (normal | dict(added)).items():
         if number >= vocab_size:
             raise CheckpointError(
-                f"{_FILE}: token {text[:40]!r} has id {number}, the model has {vocab_size} embeddings",
+                f"{_FILE}: token {text[:40]!r} has id {str(number)[:20]}, the model has {vocab_size} embeddings",
                 hint="tokenizer and weights are not of the same model",
             )
         if types[number] is not TokenType.UNUSED:
             raise CheckpointError(f"{_FILE}: {tokens[number][:40]!r} and {text[:40]!r} have the same id", hint=_HINT)
-        tokens[number], types[number] = _encodable(text), kind
+        tokens[number], types[number] = _encodable(text, _FILE), kind
     return tokens, types
 
 
@@ -186,14 +188,14 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str:
         template = settings.get("chat_template")
     if not isinstance(template, str) or not template:
         raise CheckpointError(f"{folder}: no {_TEMPLATE}; servers would take another model's template", hint=_HINT)
-    return _encodable(template)
+    return _encodable(template, _SETTINGS)
 
 
-def _encodable(text: str) -> str:
+def _encodable(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise CheckpointError(f"{_FILE}: {text[:40]!r} is no text", hint=_HINT) from error
+        raise CheckpointError(f"{where}: {text[:40]!r} is no text", hint=_HINT) from error
     return text
 
 
