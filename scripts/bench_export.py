@@ -6,7 +6,7 @@
     scripts/bench_export.py 20b-slice --converter llama.cpp/convert_hf_to_gguf.py
 
 In turns, after dropping the page cache where the system lets us. The converter runs on its own gguf-py, with this
-Python's torch and transformers. It knows tokenizers by a hash; it is told that the tests' tokenizer splits as gpt-oss' does.
+Python's torch and transformers. It knows tokenizers by a hash, and is told that ours splits text as gpt-oss' does.
 """
 
 import argparse

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,27 @@ def llama_cpp() -> Callable[..., list[list[dict[str, Any]]]]:
         return found
 
     return answer
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """A disk of a given size, that can be given another one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = False
+
+    def of_size(nbytes: int) -> Path:
+        nonlocal mounted
+        options = f"size={nbytes}" + (",remount" if mounted else "")
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if sys.platform != "linux" or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("needs the right to mount a tmpfs")
+        mounted = True
+        return folder
+
+    yield of_size
+    if mounted:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def _make(output: Path, form: str) -> Path:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -163,6 +164,19 @@ def test_memory_does_not_grow_with_the_model(scheme: str, slices: dict[str, Path
     sys.stdout.write(f"{scheme}: " + ", ".join(f"{size} {peak / 2**20:.0f} MiB" for size, peak in peaks.items()) + "\n")
     assert max(peaks.values()) <= PEAK_RSS
     assert max(peaks.values()) <= 1.25 * min(peaks.values())
+
+
+def test_the_20b_is_exported_to_gguf(full_size: tuple[Path, Done], output: Path, llama_cpp: Any) -> None:
+    """`export` of the whole model peaks at 1 GiB or less, writes the size it told, and llama.cpp answers with it."""
+    planned = json.loads(ossquant("export", full_size[0], "--dry-run", "--json").stdout)["files"]
+    done = ossquant("export", full_size[0], output)
+    assert done.code == 0
+    assert done.peak_rss <= PEAK_RSS
+    (path,) = output.glob("*.gguf")
+    assert [{"name": path.name, "bytes": path.stat().st_size}] == planned
+    ((answer,),) = llama_cpp([path], ["<|start|>user<|message|>Hi<|end|><|start|>assistant"], 2)
+    assert len(answer["tokens"]) == 2
+    sys.stdout.write(f"gguf: {done.mib}\n")
 
 
 @pytest.mark.parametrize("stored", ["as published", "hybrid"])

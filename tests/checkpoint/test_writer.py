@@ -5,9 +5,7 @@ import os
 import re
 import resource
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -268,27 +266,6 @@ def test_killed_at_every_operation(
         shutil.rmtree(out)
     assert operation > 20
     assert states == ({"none", "old", "new"} if force else {"none", "new"})
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """A disk of a given size, that can be given another one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = False
-
-    def of_size(nbytes: int) -> Path:
-        nonlocal mounted
-        options = f"size={nbytes}" + (",remount" if mounted else "")
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-        if sys.platform != "linux" or subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip("needs the right to mount a tmpfs")
-        mounted = True
-        return folder
-
-    yield of_size
-    if mounted:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def shards_of(source: Path, shard_size: int = SHARD) -> list[Shard]:

@@ -74,7 +74,7 @@ def test_too_large_for_a_half() -> None:
 
 
 def test_mxfp4_keeps_every_weight() -> None:
-    """Packed MXFP4 has the published codes and scales: gguf decodes the weights that we do, for every code and scale."""
+    """Packed MXFP4 has the published codes and scales: gguf decodes the weights that we do, whatever they are."""
     rng = np.random.default_rng(1)
     blocks = rng.integers(0, 256, (253, 8, 16), np.uint8)
     scales = np.repeat(np.arange(253, dtype=np.uint8)[:, None], 8, axis=1)

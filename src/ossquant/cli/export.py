@@ -132,7 +132,7 @@ def _safetensors(job: _Job, recipe: Recipe) -> None:
         )
     _warn(planned.warnings)
     if job.as_json:
-        added = {"target": job.target.name, "warnings": list(planned.warnings)}
+        added = {"source": job.source, "target": job.target.name, "warnings": list(planned.warnings)}
         render.print_json(report_json(report, recipe) | added)
     else:
         render.print_line(summary(report))

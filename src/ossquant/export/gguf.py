@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ossquant.checkpoint.manifest import make_manifest
+from ossquant.checkpoint.manifest import TensorEntry, TensorHash, make_manifest
 from ossquant.checkpoint.reader import Checkpoint, open_checkpoint
 from ossquant.checkpoint.writer import CheckpointWriter, Shard, TensorWriter
 from ossquant.codec import ggml, mxfp4
@@ -115,7 +115,8 @@ def export_gguf(
         with CheckpointWriter(output, planned.files, identity(checkpoint), force=force) as writer:
             loss = Loss()
             run_jobs(_jobs(checkpoint, planned.tensors, writer, loss), checkpoint.plan.nbytes, progress)
-            manifest = make_manifest(checkpoint, name, planned.recipe.name, planned.plan, writer.tensors)
+            entries = {file.name: _header_entry(file) for file in planned.files} | writer.tensors
+            manifest = make_manifest(checkpoint, name, planned.recipe.name, planned.plan, entries)
             config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
             writer.commit(config, None, [], manifest, made(planned))
         return QuantizeReport(
@@ -128,6 +129,13 @@ def export_gguf(
             cpu_seconds=time.process_time() - cpu_started,
             mxfp4_error=loss.relative,
         )
+
+
+def _header_entry(file: Shard) -> TensorEntry:
+    """What the manifest has of a file before its weights: metadata, tokenizer, the places of the tensors."""
+    digest = TensorHash(len(file.header), len(file.header))
+    digest.add(0, file.header)
+    return TensorEntry(file.name, len(file.header), digest.hexdigest())
 
 
 def model_name(source: str | Path) -> str:
