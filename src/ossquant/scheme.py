@@ -9,7 +9,9 @@ from typing import Any
 from ossquant.errors import UnsupportedError
 
 ITEMSIZE = {"BF16": 2, "F32": 4, "U8": 1, "I32": 4}  # safetensors' dtype names
-GGML_BLOCKS = {"Q8_0": (32, 34)}  # weights and bytes of a block, by ggml's type name; ggml-common.h, 2026-11-22
+# weights and bytes of a block, by ggml's type name; ggml-common.h, 2026-11-22
+GGML_BLOCKS = {"Q8_0": (32, 34), "Q5_0": (32, 22), "Q4_0": (32, 18)}
+GGML_FORMATS = tuple(name.lower() for name in GGML_BLOCKS)
 BNB_FORMATS = ("nf4", "fp4")  # bitsandbytes' 4-bit types
 MXFP4_BLOCK = 32
 INT4_GROUP = 32
@@ -40,7 +42,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a tensor is stored: bf16, f32, mxfp4, nf4, fp4, int4 or GGUF's q8_0.
+    """How a tensor is stored: bf16, f32, mxfp4, nf4, fp4, int4 or GGUF's q8_0, q5_0 and q4_0.
 
     block_size and double_quant matter to nf4 and fp4 only.
     """
@@ -76,11 +78,11 @@ class Scheme:
         """The stored tensors of a weight: a vector, a matrix (out, in) or a stack (expert, out, in).
 
         Source: the published gpt-oss index (mxfp4), transformers' GptOssExperts (bf16), bitsandbytes'
-        Linear4bit state dict (nf4, fp4), vLLM's compressed-tensors loader (int4), ggml (f32, q8_0).
+        Linear4bit state dict (nf4, fp4), vLLM's compressed-tensors loader (int4), ggml (f32, GGML_BLOCKS).
         """
         if self.format == "bf16":
             return (StoredTensor(name, "BF16", _transposed(shape)),)
-        if self.format in ("f32", "q8_0"):
+        if self.format in ("f32", *GGML_FORMATS):
             return (StoredTensor(name, self.format.upper(), shape),)
         if self.format == "mxfp4":
             return _mxfp4(name, shape)
@@ -150,7 +152,9 @@ def expert_name(name: str, expert: int) -> str:
     return f"{name.removesuffix('_bias')}s.{expert}.{kind}"
 
 
-_BLOCKS = {"bf16": 1, "f32": 1, "mxfp4": MXFP4_BLOCK, "int4": INT4_GROUP, "q8_0": GGML_BLOCKS["Q8_0"][0]}
+_BLOCKS = {"bf16": 1, "f32": 1, "mxfp4": MXFP4_BLOCK, "int4": INT4_GROUP} | {
+    name.lower(): weights for name, (weights, _) in GGML_BLOCKS.items()
+}
 
 
 def int4_prefix(name: str, expert: int) -> str:

@@ -24,7 +24,7 @@ MAX_PIECES = 2**16  # of one tensor: half a terabyte in pieces of 8 MiB
 MAX_THREADS = 8
 _READ_BYTES = 2**20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_SHARD = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
+_SHARD = re.compile(r"[\w.-]{1,200}\.(safetensors|gguf)", re.ASCII)
 
 # bytes done so far, of how many
 Progress = Callable[[int, int], None]
