@@ -43,7 +43,7 @@ def value(verdict: FitVerdict, flag: str) -> str:
 
 def test_every_command() -> None:
     """On every device every verdict but no has a line of its engine's program, and no has none."""
-    programs = {"llama.cpp": "llama-server", "vllm": "vllm", "ollama": "ollama"}
+    programs = {"llama.cpp": "llama-server", "vllm": "vllm", "ollama": "ollama", "mlx": "mlx_lm.server"}
     for device in devices():
         for engine, name in PAIRS:
             for size in ("20b", "120b"):
@@ -66,9 +66,36 @@ def test_every_command() -> None:
     ],
 )
 def test_llama_server(size: str, name: str, source: list[str]) -> None:
-    """llama-server gets the published GGUF where there is one, the context, one slot and all layers."""
+    """llama-server gets the published GGUF where there is one, the context, one slot, all layers, and the loopback."""
     verdict = verdict_of(size, name, "llama.cpp", "h100-sxm", max_model_len=FULL)
-    assert words(verdict) == ["llama-server", *source, "-c", "131072", "-np", "1", "-ngl", "99"]
+    sized = ["-c", "131072", "-np", "1", "-ngl", "99"]
+    assert words(verdict) == ["llama-server", *source, *sized, "--jinja", "--host", "127.0.0.1", "--port", "8080"]
+
+
+@pytest.mark.parametrize(("engine", "name", "gpu", "port"), [
+    ("llama.cpp", "gguf-q8", "h100-sxm", "8080"), ("vllm", "mxfp4", "h100-sxm", "8000"),
+    ("transformers", "mxfp4", "h100-sxm", "8000"), ("mlx", "mxfp4", "m4max", "8080"),
+])  # fmt: skip
+def test_address(engine: str, name: str, gpu: str, port: str) -> None:
+    """A server listens on the loopback and its own port, unless another host and port are asked for."""
+    verdict = verdict_of("20b", name, engine, gpu)
+    assert (value(verdict, "--host"), value(verdict, "--port")) == ("127.0.0.1", port)
+    other = shlex.split(command(verdict, "0.0.0.0; rm -rf x", 1234))
+    assert other[-4:] == ["--host", "0.0.0.0; rm -rf x", "--port", "1234"]
+
+
+def test_gguf_of_ours() -> None:
+    """A GGUF in a folder is served from there, by whatever its files are called."""
+    chosen = replace(candidate_of("20b", "gguf-q8", "llama.cpp"), model="my g", path="my g/a-00001-of-00003.gguf")
+    verdict = fit(chosen, find_machine("4090"), Workload())
+    assert value(verdict, "-m") == "my g/a-00001-of-00003.gguf"
+    assert "-hf" not in words(verdict)
+    in_a_folder_20b = fit(replace(chosen, model="20b"), find_machine("4090"), Workload())
+    assert value(in_a_folder_20b, "-m") == value(verdict, "-m")
+    chosen = replace(candidate_of("20b", "gguf-q8", "ollama"), model="My g (2)", path="My g (2)/a.gguf")
+    assert words(fit(chosen, find_machine("4090"), Workload()))[-5:] == [
+        "ollama", "create", "my-g-2", "-f", "My g (2)/Modelfile"
+    ]  # fmt: skip
 
 
 def test_llama_server_offload() -> None:
@@ -77,7 +104,7 @@ def test_llama_server_offload() -> None:
     assert verdict.verdict == "offload"
     assert value(verdict, "--n-cpu-moe") == str(verdict.workload.n_cpu_moe)
     assert verdict.workload.n_cpu_moe > 20
-    assert "--no-mmap" not in words(verdict)
+    assert "--load-mode" not in words(verdict)
 
 
 def test_llama_server_sequences() -> None:
@@ -103,18 +130,27 @@ def test_llama_server_options() -> None:
 def test_apple_offload() -> None:
     """On Metal a mapped file defeats offload, so the command turns mmap off and a warning says why."""
     verdict = verdict_of("20b", "gguf-q8", "llama.cpp", "m4max", n_cpu_moe=5)
-    assert "--no-mmap" in words(verdict)
-    assert any("without --no-mmap" in warning for warning in warnings(verdict))
+    assert value(verdict, "--load-mode") == "none"
+    assert any("without --load-mode none" in warning for warning in warnings(verdict))
+    for build, flag in (("b8164", "--no-mmap"), ("b10874", "--no-mmap"), ("b10875", "--load-mode")):
+        chosen = replace(verdict.candidate, engine=parse_engine("llama.cpp", build))
+        assert flag in words(fit(chosen, verdict.machine, Workload(n_cpu_moe=5)))
     for other in (verdict_of("20b", "gguf-q8", "llama.cpp", "m4max"),
                   verdict_of("20b", "gguf-q8", "llama.cpp", "h100-sxm", n_cpu_moe=5)):  # fmt: skip
-        assert "--no-mmap" not in words(other)
-        assert not any("--no-mmap" in warning for warning in warnings(other))
+        assert "--load-mode" not in words(other)
+        assert not any("--load-mode" in warning for warning in warnings(other))
 
 
 def test_vllm() -> None:
-    """vLLM gets the published checkpoint and what the workload says, and nothing that it does not."""
+    """vLLM gets the published checkpoint, the share that is counted, tools, and no more than the workload says."""
     plain = verdict_of("20b", "mxfp4", "vllm", "h100-sxm", max_model_len=4096)
-    assert words(plain) == ["vllm", "serve", "openai/gpt-oss-20b", "--max-model-len", "4096"]
+    assert words(plain) == [
+        "vllm", "serve", "openai/gpt-oss-20b", "--max-model-len", "4096", "--gpu-memory-utilization", "0.92",
+        "--enable-auto-tool-choice", "--tool-call-parser", "openai", "--host", "127.0.0.1", "--port", "8000",
+    ]  # fmt: skip
+    old = fit(replace(plain.candidate, engine=parse_engine("vllm", "0.10.1")), plain.machine, Workload())
+    assert value(old, "--gpu-memory-utilization") == "0.9"
+    assert "--tool-call-parser" not in words(old)
     asked = {"max_num_seqs": 8, "max_num_batched_tokens": 1024, "kv_cache_dtype": "fp8", "gpu_memory_utilization": 0.95}
     full = verdict_of("120b", "mxfp4", "vllm", "4xh100-sxm", **asked)
     flags = ("--tensor-parallel-size", "--max-num-seqs", "--max-num-batched-tokens", "--kv-cache-dtype",
@@ -123,11 +159,48 @@ def test_vllm() -> None:
     assert value(verdict_of("20b", "mxfp4", "vllm", "4xh100-sxm", tensor_parallel=2), flags[0]) == "2"
 
 
+@pytest.mark.parametrize(("asked", "said"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp8_e4m3", "fp8_e4m3")])
+def test_vllm_dtypes(asked: str, said: str) -> None:
+    """A cache type is said in vLLM's words."""
+    assert value(verdict_of("20b", "mxfp4", "vllm", "h100-sxm", kv_cache_dtype=asked), "--kv-cache-dtype") == said
+
+
+def test_mlx() -> None:
+    """mlx-lm's server runs, reads and keeps as many conversations as are counted."""
+    verdict = verdict_of("20b", "mxfp4", "mlx", "m4max", max_num_seqs=3, max_num_batched_tokens=512)
+    assert words(verdict)[:3] == ["mlx_lm.server", "--model", "openai/gpt-oss-20b"]
+    for flag in ("--decode-concurrency", "--prompt-concurrency", "--prompt-cache-size"):
+        assert value(verdict, flag) == "3"
+    assert value(verdict, "--prefill-step-size") == "512"
+
+
+def test_transformers_serve() -> None:
+    """transformers serves what is stored in mxfp4 or bf16; of the published models no bf16 checkpoint is there."""
+    for name, model in (("mxfp4", ""), ("mxfp4", "./mine"), ("bf16", "./mine")):
+        verdict = verdict_of("20b", name, "transformers", "h100-sxm", model=model)
+        assert words(verdict)[:3] == ["transformers", "serve", model or "openai/gpt-oss-20b"]
+
+
+def test_whole_prompts() -> None:
+    """What a prompt at once takes above the counted chunks is said, until it is counted."""
+    chunks = verdict_of("20b", "mxfp4", "transformers", "h100-sxm")
+    whole = verdict_of("20b", "mxfp4", "transformers", "h100-sxm", max_num_batched_tokens=8192)
+    said = next(warning for warning in warnings(chunks) if "computes a prompt at once" in warning)
+    more = (whole.estimate.total.expected - chunks.estimate.total.expected) / GIB
+    assert f"one of 8,192 tokens takes {more:.1f} GiB more" in said
+    assert not any("at once" in warning for warning in warnings(whole))
+    assert not any("at once" in each for each in warnings(verdict_of("20b", "hybrid", "transformers", "h100-sxm")))
+
+
 def test_ollama() -> None:
     """Ollama is told the context and the slots by its variables."""
     verdict = verdict_of("20b", "gguf-bf16", "ollama", "h100-sxm", max_model_len=32768, max_num_seqs=2)
     assert {"OLLAMA_CONTEXT_LENGTH=32768", "OLLAMA_NUM_PARALLEL=2", "gpt-oss:20b"} <= set(words(verdict))
     assert "OLLAMA_KV_CACHE_TYPE" not in command(verdict)
+    assert words(verdict).count("OLLAMA_HOST=127.0.0.1:11434") == 2  # of the server and of its client
+    assert "OLLAMA_HOST='[::1]:80'" in command(verdict, "::1", 80)
+    q8 = verdict_of("20b", "gguf-q8", "ollama", "h100-sxm")
+    assert words(q8)[-3:] == ["ollama", "run", "hf.co/ggml-org/gpt-oss-20b-GGUF"]
     quantized = verdict_of("20b", "gguf-bf16", "ollama", "h100-sxm", kv_cache_dtype="q8_0")
     assert {"OLLAMA_FLASH_ATTENTION=1", "OLLAMA_KV_CACHE_TYPE=q8_0"} <= set(words(quantized))
 

@@ -19,7 +19,7 @@ from ossquant.memory import ENGINES, Workload
 from ossquant.plan import Plan, make_plan
 from ossquant.spec import ModelSpec
 
-PAIRS = [(engine, name) for engine in ENGINES for name in ENGINE_FORMATS[engine]]
+PAIRS = [(engine, name) for engine in ENGINES for name in ENGINE_FORMATS[engine] if engine != "mlx"]
 POINTS: list[dict[str, Any]] = tomllib.loads(
     (Path(__file__).parent / "data/decode_points.toml").read_text("utf-8")
 )["point"]  # fmt: skip
@@ -209,3 +209,8 @@ def test_ranges_say_something(name: str) -> None:
     """For a short context on a known card the high rate is at most three times the low one."""
     found = point_rate(next(each for each in POINTS if each["id"] == name))
     assert found.high <= 3 * found.low
+
+
+def test_unrated_engine() -> None:
+    """Of mlx no rate is known, and none is made up."""
+    assert decode_rate(plan_of("20b", "mxfp4"), "mlx", Workload(), find_device("m4max"), 1) is None

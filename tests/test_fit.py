@@ -23,19 +23,23 @@ from ossquant.fit import (
     candidate,
     falls_back,
     fit,
+    loads_stored,
     stored_format,
 )
 from ossquant.hardware import Machine, devices, find_device, find_machine
-from ossquant.memory import ENGINES, Workload, estimate, llama_cpp, ollama, parse_engine, transformers, vllm
+from ossquant.layout import Role
+from ossquant.memory import ENGINES, Workload, estimate, llama_cpp, mlx, ollama, parse_engine, transformers, vllm
 from ossquant.memory.terms import kv_element_bytes
 from ossquant.plan import make_plan
+from ossquant.recipe import Recipe
+from ossquant.scheme import Scheme
 from ossquant.spec import ModelSpec
 from ossquant.units import GIB
 
 FULL = 131072
 PAIRS = [(engine, name) for engine in ENGINES for name in ENGINE_FORMATS[engine]]
 KV_DTYPES = {module.__name__.rpartition(".")[2].replace("llama_cpp", "llama.cpp"): module.KV_DTYPES
-             for module in (llama_cpp, ollama, transformers, vllm)}  # fmt: skip
+             for module in (llama_cpp, mlx, ollama, transformers, vllm)}  # fmt: skip
 SHARED = [device for device in devices() if device.unified_memory]
 
 
@@ -79,7 +83,7 @@ def questions(draw: st.DrawFn, *engines: str) -> tuple[Candidate, Machine, Workl
             kv_unified=draw(st.booleans()),
             swa_full=draw(st.booleans()),
         )
-    if engine in ("vllm", "transformers"):
+    if engine in ("vllm", "transformers", "mlx"):
         workload = replace(workload, max_num_batched_tokens=draw(st.sampled_from((None, 256, 4096))))
     host = draw(st.none() | st.integers(4, 256))
     machine = Machine(draw(st.sampled_from(devices())), draw(st.sampled_from((1, 1, 2, 4, 8))), host and host * GIB)
@@ -303,6 +307,8 @@ def test_every_device_gets_a_verdict(size: str) -> None:
         ("120b", "mxfp4", "vllm", "4090", {"max_model_len": 1}, "no"),
         ("120b", "gguf-q8", "llama.cpp", "h100-sxm", {"max_model_len": FULL}, "fits"),
         ("120b", "gguf-q8", "llama.cpp", "m4max", {"max_model_len": FULL}, "fits"),
+        ("120b", "mxfp4", "mlx", "m4max", {"max_model_len": FULL}, "fits"),
+        ("20b", "mxfp4", "mlx", "m4", {"max_model_len": 8192}, "no"),
         ("120b", "gguf-q8", "llama.cpp", "strix-halo", {"max_model_len": FULL}, "fits"),
         ("120b", "mxfp4", "vllm", "h200", {"max_model_len": FULL}, "fits"),
         ("120b", "bf16", "vllm", "h200", {"max_model_len": 1}, "no"),
@@ -378,6 +384,14 @@ def test_obstacles(machine: str, asked: dict[str, Any], message: str) -> None:
     verdict = verdict_of("20b", "mxfp4", "vllm", machine, **asked)
     assert message in verdict.obstacle
     assert verdict.verdict == "no"
+
+
+@pytest.mark.parametrize(("machine", "stopped"), [("4090", True), ("strix-halo", True), ("2xm4max", True),
+                                                  ("m4max", False), ("24GB", True)])  # fmt: skip
+def test_mlx_is_for_apple(machine: str, stopped: bool) -> None:
+    """mlx is counted on one of Apple's GPUs, and nowhere else."""
+    verdict = verdict_of("20b", "mxfp4", "mlx", machine)
+    assert ("Apple" in verdict.obstacle, verdict.verdict == "no") == (stopped, stopped)
 
 
 def test_no_obstacle_elsewhere() -> None:
@@ -467,10 +481,32 @@ def test_best() -> None:
     assert best([again, fits_20b]) is again
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "hybrid", "nf4", "fp4", "bf16", "int4", "gguf-q8"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_stored_format(name: str) -> None:
-    """A plan's format is named as in the table; bf16 GGUF holds the same schemes as mxfp4, and no checkpoint is one."""
+    """A plan's format is named as in the table."""
     assert stored_format(make_plan(ModelSpec.published("20b"), FORMATS[name])) == name
+
+
+@pytest.mark.parametrize(
+    ("experts", "dense"), [("mxfp4", "q4_0"), ("q5_0", "q8_0"), ("q4_0", "bf16"), ("bf16", "bf16")]
+)
+def test_stored_gguf(experts: str, dense: str) -> None:
+    """A GGUF that has no name in the table is a "gguf", for llama.cpp and Ollama alone; its norms are in f32."""
+    schemes = dict.fromkeys(Role, Scheme("f32")) | {Role.EXPERTS: Scheme(experts)}
+    schemes |= dict.fromkeys((Role.ATTENTION, Role.EMBEDDING, Role.LM_HEAD), Scheme(dense))
+    plan = make_plan(ModelSpec.published("20b"), Recipe("mine", "", schemes))
+    assert stored_format(plan) == "gguf"
+    assert [engine for engine in ENGINES if loads_stored(parse_engine(engine), plan)] == ["llama.cpp", "ollama"]
+
+
+@pytest.mark.parametrize(("name", "able"), [
+    ("mxfp4", {"vllm", "mlx", "transformers"}), ("bf16", {"vllm", "transformers"}), ("int4", {"vllm"}),
+    ("hybrid", {"transformers"}), ("gguf-q8", {"llama.cpp", "ollama"}), ("gguf-bf16", {"llama.cpp", "ollama"}),
+])  # fmt: skip
+def test_loads_stored(name: str, able: set[str]) -> None:
+    """Each form is loaded by the engines that read it."""
+    plan = make_plan(ModelSpec.published("20b"), FORMATS[name])
+    assert {engine for engine in ENGINES if loads_stored(parse_engine(engine), plan)} == able
 
 
 def test_estimate_is_the_engines() -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ossquant.errors import UnsupportedError
-from ossquant.scheme import BNB_FORMATS, Scheme, StoredTensor, expert_name
+from ossquant.scheme import BNB_FORMATS, GGML_BLOCKS, Scheme, StoredTensor, expert_name
 
 SCHEMES = [Scheme("bf16"), Scheme("mxfp4")] + [
     Scheme(quant_type, block, double) for quant_type in BNB_FORMATS for block in (32, 64) for double in (True, False)
@@ -75,3 +75,16 @@ def test_check() -> None:
             scheme.check("w", (64, 96))
     with pytest.raises(UnsupportedError, match="blocks of 32"):
         Scheme("mxfp4").check("w", (4, 64, 48))
+
+
+@pytest.mark.parametrize("name", GGML_BLOCKS)
+def test_ggml_blocks(name: str) -> None:
+    """A block of a GGUF type has as many weights and bytes as the gguf package says, and no row ends inside one."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    assert GGML_BLOCKS[name] == GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    weights, nbytes = GGML_BLOCKS[name]
+    scheme = Scheme(name.lower())
+    assert scheme.nbytes((3, 5 * weights)) == 15 * nbytes
+    with pytest.raises(UnsupportedError, match=f"do not divide into blocks of {weights}"):
+        scheme.check("x", (3, weights + 1))

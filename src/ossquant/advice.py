@@ -1,47 +1,63 @@
 """What to type next for a verdict, and where a user would be caught."""
 
+import re
 import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 from ossquant.fit import FitVerdict, falls_back
 from ossquant.layout import Role
+from ossquant.memory import estimate, vllm
 from ossquant.memory.llama_cpp import DEFAULT_UBATCH
+from ossquant.memory.transformers import PREFILL_CHUNK
+from ossquant.servers import LOOPBACK, PORTS
 from ossquant.units import GIB, MIB, size_both
 
 _GGUF_REPOS = {("20b", "gguf-q8"): "ggml-org/gpt-oss-20b-GGUF", ("120b", "gguf-q8"): "ggml-org/gpt-oss-120b-GGUF"}
+_PUBLISHED = ("20b", "120b")
+_VLLM_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+_TOOL_PARSER_SINCE = (0, 10, 2)  # of vLLM: vllm-project/recipes, pull request 83
+_LOAD_MODE_BUILD = 10875  # llama.cpp's --no-mmap is gone from here on, --load-mode some months older; 2026-09-11
 
 
-def command(verdict: FitVerdict) -> str:
-    """The one line to type next; empty where nothing would run."""
+def command(verdict: FitVerdict, host: str = LOOPBACK, port: int | None = None) -> str:
+    """The one line to type next; empty where nothing would run. A server listens on host, its own port if not said."""
     if verdict.verdict == "no":
         return ""
-    return _COMMANDS[verdict.candidate.engine.name](verdict)
+    engine = verdict.candidate.engine.name
+    return _COMMANDS[engine](verdict, host, PORTS[engine] if port is None else port)
 
 
-def _llama_server(verdict: FitVerdict) -> str:
+def _llama_server(verdict: FitVerdict, host: str, port: int) -> str:
     chosen, workload = verdict.candidate, verdict.workload
     repo = _GGUF_REPOS.get((chosen.model, chosen.format))
     streams = 1 if workload.kv_unified else workload.sequences
-    words = [
-        "llama-server",
-        *(("-hf", repo) if repo else ("-m", f"gpt-oss-{_short(chosen.model)}-{chosen.format}.gguf")),
-    ]
+    file = chosen.path or f"gpt-oss-{_short(chosen.model)}-{chosen.format}.gguf"
+    words = ["llama-server", *(("-hf", repo) if repo and not chosen.path else ("-m", file))]
     words += ["-c", str(streams * workload.max_model_len), "-np", str(workload.sequences), "-ngl", "99"]
     if workload.kv_unified:
         words.append("-kvu")
     if workload.n_cpu_moe:
         words += ["--n-cpu-moe", str(workload.n_cpu_moe)]
     if verdict.machine.device.vendor == "apple" and workload.n_cpu_moe:
-        words.append("--no-mmap")
+        words += _without_mmap(verdict)
     if workload.ubatch and workload.ubatch != DEFAULT_UBATCH:
         words += ["-ub", str(workload.ubatch), "-b", str(max(2048, workload.ubatch))]
     if workload.kv_cache_dtype != "auto":
         words += ["-ctk", workload.kv_cache_dtype, "-ctv", workload.kv_cache_dtype]
     if workload.swa_full:
         words.append("--swa-full")
-    return shlex.join(words)
+    # the default since December 2025; before, tools are refused without it (pull requests 17524, 17911)
+    return shlex.join([*words, "--jinja", *_bind(host, port)])
 
 
-def _vllm(verdict: FitVerdict) -> str:
+def _without_mmap(verdict: FitVerdict) -> list[str]:
+    version = verdict.candidate.engine.version
+    return ["--no-mmap"] if version and version[0] < _LOAD_MODE_BUILD else ["--load-mode", "none"]
+
+
+def _vllm(verdict: FitVerdict, host: str, port: int) -> str:
     workload = verdict.workload
     words = ["vllm", "serve", _source(verdict), "--max-model-len", str(workload.max_model_len)]
     split = workload.tensor_parallel or verdict.machine.count
@@ -52,32 +68,69 @@ def _vllm(verdict: FitVerdict) -> str:
     if workload.max_num_batched_tokens:
         words += ["--max-num-batched-tokens", str(workload.max_num_batched_tokens)]
     if workload.kv_cache_dtype != "auto":
-        words += ["--kv-cache-dtype", workload.kv_cache_dtype]
-    if workload.gpu_memory_utilization:
-        words += ["--gpu-memory-utilization", f"{workload.gpu_memory_utilization:g}"]
-    return shlex.join(words)
+        words += ["--kv-cache-dtype", _VLLM_DTYPES.get(workload.kv_cache_dtype, workload.kv_cache_dtype)]
+    # said even where it is the default, which is another in other versions
+    words += ["--gpu-memory-utilization", f"{vllm.utilization(workload, verdict.candidate.engine.version):g}"]
+    if verdict.candidate.engine.version is None or verdict.candidate.engine.version >= _TOOL_PARSER_SINCE:
+        # the reasoning parser vLLM takes by itself: its GptOssForCausalLMConfig, 0.11 and 0.32
+        words += ["--enable-auto-tool-choice", "--tool-call-parser", "openai"]
+    return shlex.join([*words, *_bind(host, port)])
 
 
-def _ollama(verdict: FitVerdict) -> str:
-    workload = verdict.workload
-    settings = [f"OLLAMA_CONTEXT_LENGTH={workload.max_model_len}", f"OLLAMA_NUM_PARALLEL={workload.sequences}"]
+def _ollama(verdict: FitVerdict, host: str, port: int) -> str:
+    workload, chosen = verdict.workload, verdict.candidate
+    address = f"OLLAMA_HOST={shlex.quote(f'[{host}]:{port}' if ':' in host else f'{host}:{port}')}"
+    settings = [address, f"OLLAMA_CONTEXT_LENGTH={workload.max_model_len}", f"OLLAMA_NUM_PARALLEL={workload.sequences}"]
     if workload.kv_cache_dtype != "auto":
         settings += ["OLLAMA_FLASH_ATTENTION=1", f"OLLAMA_KV_CACHE_TYPE={workload.kv_cache_dtype}"]
-    return f"{' '.join(settings)} ollama serve & ollama run gpt-oss:{_short(verdict.candidate.model)}"
+    if chosen.path:
+        then = ["ollama", "create", _ollama_name(chosen.model), "-f", str(Path(chosen.path).parent / "Modelfile")]
+    else:
+        repo = _GGUF_REPOS.get((chosen.model, chosen.format))
+        then = ["ollama", "run", f"hf.co/{repo}" if repo else f"gpt-oss:{_short(chosen.model)}"]
+    # the server listens before anything else, but not yet when the shell goes on
+    return f"{' '.join(settings)} ollama serve & sleep 2; {address} {shlex.join(then)}"
 
 
-def _transformers(verdict: FitVerdict) -> str:
-    if verdict.candidate.format == "mxfp4":
-        return shlex.join(["transformers", "serve", _source(verdict)])
-    return shlex.join(["ossquant", "run", _source(verdict), "Hello", "--scheme", verdict.candidate.format])
+def _ollama_name(model: str) -> str:
+    """What Ollama takes as a name, of a folder's."""
+    return re.sub(r"[^a-z0-9._-]+", "-", Path(model).resolve().name.lower()).strip("-._") or "gpt-oss"
 
 
-_COMMANDS = {"llama.cpp": _llama_server, "vllm": _vllm, "ollama": _ollama, "transformers": _transformers}
+def _mlx(verdict: FitVerdict, host: str, port: int) -> str:
+    workload = verdict.workload
+    words = ["mlx_lm.server", "--model", _source(verdict)]
+    for option in ("--decode-concurrency", "--prompt-concurrency", "--prompt-cache-size"):
+        words += [option, str(workload.sequences)]
+    if workload.max_num_batched_tokens:
+        words += ["--prefill-step-size", str(workload.max_num_batched_tokens)]
+    return shlex.join([*words, *_bind(host, port)])
+
+
+def _transformers(verdict: FitVerdict, host: str, port: int) -> str:
+    chosen = verdict.candidate
+    if chosen.format == "mxfp4" or (chosen.format == "bf16" and chosen.model not in _PUBLISHED):
+        return shlex.join(["transformers", "serve", _source(verdict), *_bind(host, port)])
+    return shlex.join(["ossquant", "run", _source(verdict), "Hello", "--scheme", chosen.format])
+
+
+_COMMANDS: dict[str, Callable[[FitVerdict, str, int], str]] = {
+    "llama.cpp": _llama_server,
+    "vllm": _vllm,
+    "ollama": _ollama,
+    "mlx": _mlx,
+    "transformers": _transformers,
+}
+
+
+def _bind(host: str, port: int) -> list[str]:
+    # said even where it is the default: vLLM's is every interface
+    return ["--host", host, "--port", str(port)]
 
 
 def _source(verdict: FitVerdict) -> str:
     model = verdict.candidate.model
-    return f"openai/gpt-oss-{model}" if model in ("20b", "120b") else model
+    return f"openai/gpt-oss-{model}" if model in _PUBLISHED else model
 
 
 def _short(model: str) -> str:
@@ -89,6 +142,7 @@ def warnings(verdict: FitVerdict) -> list[str]:
     found = (
         verdict.obstacle and f"{verdict.obstacle}.",
         _bf16_fallback(verdict),
+        _whole_prompts(verdict),
         _skipped_experts(verdict),
         _padding(verdict),
         _fewer_sequences(verdict),
@@ -111,6 +165,20 @@ def _bf16_fallback(verdict: FitVerdict) -> str:
         return f"transformers has no MXFP4 kernels for {device.arch}: it expands to bf16, {need}, and only warns."
     return (
         f"without the packages kernels and triton (3.4 or newer) transformers expands to bf16, {need}, and only warns."
+    )
+
+
+def _whole_prompts(verdict: FitVerdict) -> str:
+    chosen, workload, machine = verdict.candidate, verdict.workload, verdict.machine
+    counted = workload.max_num_batched_tokens or PREFILL_CHUNK
+    if not command(verdict).startswith("transformers serve") or counted >= workload.max_model_len:
+        return ""
+    whole = replace(workload, max_num_batched_tokens=workload.max_model_len)
+    needed = estimate(chosen.plan, chosen.engine, whole, machine.device, machine.count)
+    more = needed.compute.expected - verdict.estimate.compute.expected
+    return (
+        f"transformers serve computes a prompt at once: one of {workload.max_model_len:,} tokens takes "
+        f"{more / GIB:.1f} GiB more than is counted here, with {counted} tokens at a time."
     )
 
 
@@ -179,7 +247,9 @@ def _metal_mmap(verdict: FitVerdict) -> str:
         return ""
     if not verdict.workload.n_cpu_moe:
         return ""
-    return "with mmap Metal maps the whole file, experts on the host included: nothing is saved without --no-mmap."
+    return (
+        "with mmap Metal maps the whole file, experts on the host included: nothing is saved without --load-mode none."
+    )
 
 
 def _claim_120b(verdict: FitVerdict) -> str:

@@ -52,14 +52,15 @@ _UNKNOWN = _Cost(0.7, 80e-6, slowest=0.5, fastest=1.4)
 # 4-bit experts of bitsandbytes one after the other. Judged, not measured.
 _EXTRA_SECONDS_PER_LAYER = {"vllm": 60e-6, "ollama": 10e-6, "transformers": 1.2e-3}
 _EXTRA_SECONDS_PER_BNB_LAYER = 3e-3
+_UNRATED = ("mlx",)  # no published rate to hold a judgement against
 
 
 def decode_rate(plan: Plan, engine: str, workload: Workload, device: Device, tensor_parallel: int) -> DecodeRate | None:
-    """Expect tokens a second of an engine; None if the device's bandwidth is not known.
+    """Expect tokens a second of an engine; None if the device's bandwidth is not known, or no rate of the engine is.
 
     Devices that share a model by layers work one after the other; tensor_parallel ones side by side.
     """
-    if device.bandwidth_gbps is None:
+    if device.bandwidth_gbps is None or engine in _UNRATED:
         return None
     cost, extra = _cost(device), _extra_seconds(plan, engine)
     slow = _Edge(workload.max_model_len, 1.0, HOST_BANDWIDTH[0], ARITHMETIC_SHARE[0], cost.slowest, 2 * extra)

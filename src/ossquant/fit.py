@@ -13,7 +13,7 @@ from ossquant.hardware import Device, Machine, devices
 from ossquant.layout import Role
 from ossquant.memory import Engine, MemoryEstimate, Workload, estimate, vllm
 from ossquant.plan import Plan, make_plan
-from ossquant.recipe import BUILT_IN, SERVED, Recipe
+from ossquant.recipe import BUILT_IN, F32, SERVED, Recipe
 from ossquant.spec import ModelSpec
 from ossquant.units import GIB, size_both
 
@@ -25,20 +25,27 @@ ENGINE_FORMATS: dict[str, tuple[str, ...]] = {
     "llama.cpp": ("gguf-q8", "gguf-bf16"),
     "ollama": ("gguf-bf16", "gguf-q8"),
     "vllm": ("mxfp4", "int4", "bf16"),
+    "mlx": ("mxfp4",),  # of transformers' bf16 layout mlx-lm 0.32 finds no experts, and says so
     "transformers": ("mxfp4", "hybrid", "nf4", "fp4", "bf16"),
 }
 MIXED = "mixed"  # a checkpoint of a recipe of the user's own
+GGUF = "gguf"  # an export that has no name in FORMATS
+GGUF_ENGINES = ("llama.cpp", "ollama")
 MAX_SEQUENCES = 4096
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is held against a machine: a model in a format, under an engine."""
+    """What is held against a machine: a model in a format, under an engine.
+
+    path is the file that the engine is given, where it is not found by the model's name.
+    """
 
     model: str
     format: str
     engine: Engine
     plan: Plan
+    path: str = ""
 
 
 @dataclass(frozen=True)
@@ -223,6 +230,8 @@ def _obstacle(candidate: Candidate, machine: Machine, workload: Workload) -> str
     kernels = device.mxfp4_kernels.get("llama.cpp" if engine == "ollama" else engine)
     if kernels is False and engine != "transformers":
         return f"{engine} has no kernels for gpt-oss on {device.arch}"
+    if engine == "mlx" and (device.vendor != "apple" or machine.count > 1):
+        return "mlx is counted on one of Apple's GPUs only"
     if engine != "vllm":
         return ""
     if device.vendor == "apple":
@@ -280,14 +289,19 @@ def best(verdicts: Sequence[FitVerdict]) -> FitVerdict:
 
 
 def stored_format(plan: Plan) -> str:
-    """The name in FORMATS of what a checkpoint holds, double quantization and block size aside; else "mixed"."""
-    roles = (Role.EXPERTS, Role.ATTENTION, Role.LM_HEAD)
+    """The name in FORMATS of what a checkpoint holds, double quantization and block size aside.
+
+    "gguf" for any other GGUF, "mixed" for any other checkpoint.
+    """
+    roles = (Role.EXPERTS, Role.ATTENTION, Role.LM_HEAD, Role.EMBEDDING, Role.NORM)
     kinds = [plan.scheme(role).format for role in roles]
     same = (name for name, recipe in FORMATS.items() if [recipe.scheme(role).format for role in roles] == kinds)
-    return next(same, MIXED)
+    return next(same, GGUF if plan.scheme(Role.NORM) == F32 else MIXED)
 
 
 def loads_stored(engine: Engine, plan: Plan) -> bool:
     """Whether an engine loads a checkpoint as it is stored; what no name describes `ossquant run` alone does."""
     name = stored_format(plan)
+    if name == GGUF:
+        return engine.name in GGUF_ENGINES
     return engine.name == "transformers" if name == MIXED else name in ENGINE_FORMATS[engine.name]

@@ -11,6 +11,7 @@ from ossquant.errors import UnsupportedError
 ITEMSIZE = {"BF16": 2, "F32": 4, "U8": 1, "I32": 4}  # safetensors' dtype names
 # weights and bytes of a block, by ggml's type name; ggml-common.h, 2026-11-22
 GGML_BLOCKS = {"MXFP4": (32, 17), "Q4_0": (32, 18), "Q5_0": (32, 22), "Q8_0": (32, 34)}
+GGML_FORMATS = ("q8_0", "q5_0", "q4_0")  # of a GGUF file alone
 BNB_FORMATS = ("nf4", "fp4")  # bitsandbytes' 4-bit types
 MXFP4_BLOCK = 32
 INT4_GROUP = 32
@@ -77,11 +78,11 @@ class Scheme:
         """The stored tensors of a weight: a vector, a matrix (out, in) or a stack (expert, out, in).
 
         Source: the published gpt-oss index (mxfp4), transformers' GptOssExperts (bf16), bitsandbytes'
-        Linear4bit state dict (nf4, fp4), vLLM's compressed-tensors loader (int4), ggml (f32, q8_0, q5_0, q4_0).
+        Linear4bit state dict (nf4, fp4), vLLM's compressed-tensors loader (int4), ggml (f32, GGML_BLOCKS).
         """
         if self.format == "bf16":
             return (StoredTensor(name, "BF16", _transposed(shape)),)
-        if self.format in ("f32", "q8_0", "q5_0", "q4_0"):
+        if self.format in ("f32", *GGML_FORMATS):
             return (StoredTensor(name, self.format.upper(), shape),)
         if self.format == "mxfp4":
             return _mxfp4(name, shape)
@@ -151,7 +152,9 @@ def expert_name(name: str, expert: int) -> str:
     return f"{name.removesuffix('_bias')}s.{expert}.{kind}"
 
 
-_BLOCKS = {"bf16": 1, "f32": 1, "mxfp4": MXFP4_BLOCK, "int4": INT4_GROUP, "q8_0": 32, "q5_0": 32, "q4_0": 32}
+_BLOCKS = {"bf16": 1, "f32": 1, "mxfp4": MXFP4_BLOCK, "int4": INT4_GROUP} | {
+    name: GGML_BLOCKS[name.upper()][0] for name in GGML_FORMATS
+}
 
 
 def int4_prefix(name: str, expert: int) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import run_cli
+from gguf_folder import make_gguf_folder
 
 RUNTIME = {"torch", "transformers", "bitsandbytes", "accelerate"}
 CODEC = {"numpy", "numba", "rich", "safetensors", "huggingface_hub"}
@@ -89,7 +90,9 @@ def test_fit_is_fast() -> None:
     assert reaches(0.30, "fit", "--gpu", "4090")
 
 
-@pytest.mark.parametrize("command", ["fit", "quantize", "verify", "merge", "run", "chat", "warmup", "bench", ""])
+@pytest.mark.parametrize(
+    "command", ["fit", "quantize", "verify", "serve-command", "merge", "run", "chat", "warmup", "bench", ""]
+)
 def test_help_is_cold(command: str) -> None:
     """Help loads neither the runtime nor numpy, numba or rich."""
     assert not modules(*command.split(), "--help") & (RUNTIME | CODEC)
@@ -105,12 +108,17 @@ def test_fit_is_cold(options: list[str]) -> None:
     assert not modules("fit", *options) & (RUNTIME | NETWORK | CODEC - {"rich"})
 
 
-@pytest.mark.parametrize("options", [["4090"], ["--compare", "4090"], ["4090", "--model", "tiny"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [["fit", "4090"], ["fit", "--compare", "4090"], ["fit", "4090", "--model", "tiny"],
+     ["serve-command", "20b", "--gpu", "4090"], ["serve-command", "tiny", "--gpu", "4090"]],
+    ids=" ".join,
+)  # fmt: skip
 def test_fit_asks_nobody(options: list[str], trained: Path, tmp_path: Path) -> None:
-    """`fit` opens no connection, as long as no hub id is named."""
+    """`fit` and `serve-command` open no connection, as long as no hub id is named."""
     (tmp_path / "tiny").symlink_to(trained)
     program = DEAF + "from ossquant.cli import main\nmain()"
-    asked = [sys.executable, "-c", program, "fit", *options]
+    asked = [sys.executable, "-c", program, *options]
     done = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
@@ -122,6 +130,25 @@ def test_the_refusal_would_be_seen(tmp_path: Path) -> None:
     env = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:1"}
     done = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
     assert done.stderr.startswith("socket.")
+
+
+@pytest.mark.parametrize("engine", ["llama.cpp", "ollama", "vllm", "transformers"])
+def test_serve_command_is_cold(engine: str) -> None:
+    """`serve-command` loads no more than `fit` does, and no rich either."""
+    loaded = modules("serve-command", "20b", "--gpu", "h100-sxm", "--engine", engine)
+    assert not loaded & (RUNTIME | NETWORK | CODEC)
+
+
+def test_serve_command_of_a_folder_is_cold(trained: Path, tmp_path: Path) -> None:
+    """A GGUF folder is read without numpy, and without the gguf package."""
+    make_gguf_folder(trained, tmp_path / "export")
+    loaded = modules("serve-command", tmp_path / "export", "--gpu", "4090")
+    assert not loaded & (RUNTIME | NETWORK | CODEC | {"gguf"})
+
+
+def test_serve_command_is_fast() -> None:
+    """`ossquant serve-command 20b` takes no more than 0.30 s of CPU, as `fit` does."""
+    assert reaches(0.30, "serve-command", "20b", "--gpu", "4090")
 
 
 def test_quantize_is_cold(trained: Path, tmp_path: Path) -> None:

@@ -144,6 +144,7 @@ def test_foreign_options() -> None:
         "ollama": ["n_cpu_moe", "gpu_memory_utilization"],
         "vllm": ["ubatch", "n_cpu_moe", "kv_cache_dtype q8_0"],
         "transformers": ["ubatch", "gpu_memory_utilization", "kv_cache_dtype q8_0"],
+        "mlx": ["ubatch", "n_cpu_moe", "gpu_memory_utilization", "kv_cache_dtype q8_0"],
     }
     for engine in ENGINES:
         assert foreign_options(Engine(engine), workload_for(Engine(engine), workload)) == []
@@ -153,7 +154,8 @@ def test_foreign_options() -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_kv_dtype_has_a_size(engine: str) -> None:
     """Every cache type that an engine takes has a size, between half a byte and four."""
-    from ossquant.memory import llama_cpp, ollama, transformers, vllm
+    from ossquant.memory import llama_cpp, mlx, ollama, transformers, vllm
 
-    module = {"llama.cpp": llama_cpp, "ollama": ollama, "vllm": vllm, "transformers": transformers}[engine]
+    modules = {"llama.cpp": llama_cpp, "ollama": ollama, "vllm": vllm, "transformers": transformers, "mlx": mlx}
+    module = modules[engine]
     assert all(0.5 <= kv_element_bytes(dtype) <= 4 for dtype in module.KV_DTYPES)

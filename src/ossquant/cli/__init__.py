@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from ossquant.cli import bench, chat, export, fit, merge, quantize, run, verify, warmup
+from ossquant.cli import bench, chat, export, fit, merge, quantize, run, serve_command, verify, warmup
 from ossquant.errors import CheckpointError, DoesNotFitError, OssquantError, UsageError
 
 EXIT_CODES: dict[type[OssquantError], int] = {UsageError: 2, CheckpointError: 3, DoesNotFitError: 4}
@@ -23,6 +23,7 @@ app.command("quantize")(quantize.quantize)
 app.command("merge")(merge.merge)
 app.command("export")(export.export)
 app.command("verify")(verify.verify)
+app.command("serve-command")(serve_command.serve_command)
 app.command("run")(run.run)
 app.command("chat")(chat.chat)
 app.command("warmup")(warmup.warmup)

@@ -1,12 +1,12 @@
 """ossquant fit: whether a model fits, before a byte is downloaded."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ossquant.cli import fit_json, fit_view
+from ossquant.cli.named import PUBLISHED, NamedModel, named_model, sized
 from ossquant.cli.options import JsonOption
 from ossquant.errors import UsageError
 from ossquant.fit import (
@@ -20,14 +20,11 @@ from ossquant.fit import (
     stored_format,
 )
 from ossquant.fit import fit as judge
-from ossquant.hardware import MAX_COUNT, Machine, find_machine, find_machines
+from ossquant.hardware import Machine, find_machine, find_machines
 from ossquant.memory import ENGINES, Engine, Workload, foreign_options, parse_engine
-from ossquant.plan import Plan
-from ossquant.spec import ModelSpec
-from ossquant.units import nearest, parse_size
+from ossquant.units import nearest
 
 DOES_NOT_FIT = 4
-PUBLISHED = {"20b": "20b", "120b": "120b", "openai/gpt-oss-20b": "20b", "openai/gpt-oss-120b": "120b"}
 # what the overview leaves out: what another row says as well, or what nobody serves
 LEFT_OUT = {
     ("llama.cpp", "gguf-bf16"),
@@ -55,7 +52,7 @@ def fit(
     kv_cache_dtype: Annotated[str, typer.Option(help="auto (16 bits), q8_0, q4_0, fp8, …")] = "auto",
     ubatch: Annotated[int | None, typer.Option(help="llama.cpp: tokens computed at once; 512.")] = None,
     max_num_batched_tokens: Annotated[
-        int | None, typer.Option(help="vLLM: tokens of a batch. transformers: tokens of a prompt at once.")
+        int | None, typer.Option(help="vLLM: tokens of a batch. transformers, mlx: tokens of a prompt at once.")
     ] = None,
     gpu_memory_utilization: Annotated[float | None, typer.Option(help="vLLM: its share of the GPU; 0.9.")] = None,
     tp: Annotated[int | None, typer.Option(help="vLLM: GPUs that split each layer; all of them.")] = None,
@@ -88,17 +85,19 @@ def fit(
     asked = _able(_candidates(model, engine, engine_version, format_), workload)
     if cheapest_:
         _refuse_together("--cheapest", {"--compare": compare, "a GPU": bool(named), "--gpus": gpus != 1})
-        _show_cheapest(cheapest(asked, workload), as_json)
+        _show_cheapest(cheapest(_worth_asking(asked, engine, []), workload), as_json)
     elif compare:
         _refuse_together("--compare", {"--gpu": gpu is not None})
         if not named:
             raise UsageError("--compare without GPUs", hint="ossquant fit --compare 4090 5090 a100")
-        machines = [_sized(machine, gpus, host_memory) for name in named for machine in find_machines(name)]
+        machines = [sized(machine, gpus, host_memory) for name in named for machine in find_machines(name)]
+        asked = _worth_asking(asked, engine, machines)
         _show_comparison([[judge(one, machine, workload) for one in asked] for machine in machines], as_json)
     else:
         if len(named) > 1:
             raise UsageError("several GPUs are named", hint="ossquant fit --compare 4090 5090")
-        machine = _sized(find_machine(named[0] if named else "auto"), gpus, host_memory)
+        machine = sized(find_machine(named[0] if named else "auto"), gpus, host_memory)
+        asked = _worth_asking(asked, engine, [machine])
         _show([judge(one, machine, workload) for one in asked], as_json)
 
 
@@ -106,15 +105,6 @@ def _refuse_together(option: str, others: dict[str, bool]) -> None:
     for other, given in others.items():
         if given:
             raise UsageError(f"{option} and {other} exclude each other", hint="leave one of them out")
-
-
-def _sized(machine: Machine, gpus: int, host_memory: str | None) -> Machine:
-    if not 1 <= gpus <= MAX_COUNT:
-        raise UsageError(f"--gpus {gpus}", hint=f"1 to {MAX_COUNT}")
-    if gpus > 1 and machine.count > 1:
-        raise UsageError(f"--gpus {gpus} of {machine.count} x {machine.device.name}", hint="say the number once")
-    host = parse_size(host_memory) if host_memory is not None else machine.host_memory
-    return replace(machine, count=machine.count * gpus, host_memory=host)
 
 
 def _candidates(model: str | None, engine: str | None, version: str | None, name: str | None) -> list[Candidate]:
@@ -126,15 +116,13 @@ def _candidates(model: str | None, engine: str | None, version: str | None, name
     engines = [parse_engine(engine, version)] if engine is not None else [parse_engine(each) for each in ENGINE_FORMATS]
     found = []
     for which in [model] if model is not None else ["20b", "120b"]:
-        called = PUBLISHED.get(which, which)
-        spec, stored = _model(which)
+        named = named_model(which)
         for chosen in engines:
-            if stored and not name:
-                found += (
-                    [Candidate(called, stored_format(stored), chosen, stored)] if loads_stored(chosen, stored) else []
-                )
+            if named.stored and not name:
+                found += _as_stored(named, chosen)
             else:
-                found += [candidate(called, spec, each, chosen) for each in _formats(chosen, name, bool(engine))]
+                formats = _formats(chosen, name, bool(engine))
+                found += [candidate(named.name, named.spec, each, chosen) for each in formats]
     if not found:
         raise UsageError(f"{engine or 'no engine'} does not load {model} as it is stored", hint="say --format")
     return found
@@ -149,15 +137,17 @@ def _formats(engine: Engine, name: str | None, all_of_them: bool) -> list[str]:
     return [each for each in known if all_of_them or (engine.name, each) not in LEFT_OUT]
 
 
-def _model(which: str) -> tuple[ModelSpec, Plan | None]:
-    """A model's dimensions, and how a checkpoint stores it; of a remote one only headers are read."""
-    if not which.strip():
-        raise UsageError("--model is empty", hint="20b, 120b, a checkpoint folder or a hub id")
-    if which in PUBLISHED:
-        return ModelSpec.published(PUBLISHED[which]), None
-    from ossquant.checkpoint.remote import read_headers
+def _as_stored(named: NamedModel, engine: Engine) -> list[Candidate]:
+    if named.stored is None or not loads_stored(engine, named.stored):
+        return []
+    return [Candidate(named.name, stored_format(named.stored), engine, named.stored, named.path)]
 
-    return read_headers(which)
+
+def _worth_asking(asked: list[Candidate], engine: str | None, machines: list[Machine]) -> list[Candidate]:
+    """The candidates without mlx where nobody has it and nobody named it."""
+    if engine or any(machine.device.vendor == "apple" for machine in machines):
+        return asked
+    return [one for one in asked if one.engine.name != "mlx"] or asked
 
 
 def _able(asked: list[Candidate], workload: Workload) -> list[Candidate]:

@@ -22,6 +22,11 @@ def print_verdicts(verdicts: list[FitVerdict]) -> None:
     _print(answer)
 
 
+def print_object(value: dict[str, Any]) -> None:
+    """Print one object of the schema."""
+    _print(_head() | value)
+
+
 def print_comparison(columns: list[list[FitVerdict]]) -> None:
     """Print every verdict of every machine under `comparison`."""
     _print(_head() | {"comparison": [verdict_object(verdict) for column in columns for verdict in column]})

@@ -30,7 +30,7 @@ def _show_table(verdicts: list[FitVerdict]) -> None:
             _short_model(verdict),
             verdict.candidate.engine.name,
             verdict.candidate.format,
-            _verdict(verdict),
+            verdict_name(verdict),
             render.bar(verdict.estimate.total.expected / verdict.usable, BAR_WIDTH),
             f"{verdict.estimate.total.expected / GIB:.1f}",
             f"{verdict.estimate.total.expected / 1e9:.1f}",
@@ -43,7 +43,7 @@ def _show_table(verdicts: list[FitVerdict]) -> None:
     render.print_table(_title(verdicts[0]), columns, rows, texts=5, dense=True)
     for model in dict.fromkeys(verdict.candidate.model for verdict in verdicts):
         chosen = best([verdict for verdict in verdicts if verdict.candidate.model == model])
-        render.print_line(f"{model}: {command(chosen) or _what_it_takes(chosen)}")
+        render.print_line(f"{model}: {command(chosen) or what_it_takes(chosen)}")
     for warning in dict.fromkeys(warning for verdict in _worth_a_warning(verdicts) for warning in warnings(verdict)):
         render.note(f"! {warning}")
 
@@ -75,7 +75,7 @@ def _show_one(verdict: FitVerdict) -> None:
         [[name, *_figures(term), term.basis] for name, term in terms.items()],
     )
     share = estimate.total.expected / verdict.usable
-    render.print_line(f"{_verdict(verdict)}: {render.bar(share, 16)} {share:.0%} of {size_both(verdict.usable)}, "
+    render.print_line(f"{verdict_name(verdict)}: {render.bar(share, 16)} {share:.0%} of {size_both(verdict.usable)}, "
                       f"{size(verdict.headroom)} left")  # fmt: skip
     if estimate.host_weights or verdict.workload.n_cpu_layers:
         render.print_line(f"host memory: {size_both(estimate.host_total)}, {size(estimate.host_weights)} of it weights")
@@ -86,7 +86,7 @@ def _show_one(verdict: FitVerdict) -> None:
     if price := verdict.usd_per_million_tokens():
         render.print_line(f"rent: {verdict.usd_per_hour:.2f} USD an hour, {price[0]:.2f}-{price[1]:.2f} USD a million "
                           "tokens")  # fmt: skip
-    answer = command(verdict) or _what_it_takes(verdict)
+    answer = command(verdict) or what_it_takes(verdict)
     render.print_line(answer)
     for warning in warnings(verdict):
         if warning != answer:
@@ -105,7 +105,7 @@ def _figures(term: Term) -> list[str]:
 def _title(verdict: FitVerdict) -> str:
     machine, workload = verdict.machine, verdict.workload
     sequences = f", {workload.sequences} sequences" if workload.sequences > 1 else ""
-    return f"{_machine_name(verdict)}: {_memory(machine.device)}; {workload.max_model_len:,} tokens{sequences}"
+    return f"{machine_name(verdict)}: {_memory(machine.device)}; {workload.max_model_len:,} tokens{sequences}"
 
 
 def _short_model(verdict: FitVerdict) -> str:
@@ -113,7 +113,8 @@ def _short_model(verdict: FitVerdict) -> str:
     return verdict.candidate.model if len(verdict.candidate.model) <= 4 else ""
 
 
-def _machine_name(verdict: FitVerdict) -> str:
+def machine_name(verdict: FitVerdict) -> str:
+    """The device, and how many of them."""
     machine = verdict.machine
     return machine.device.name if machine.count == 1 else f"{machine.count} x {machine.device.name}"
 
@@ -123,7 +124,8 @@ def _memory(device: Device) -> str:
     return f"{size_both(device.usable_bytes)} usable{total}"
 
 
-def _verdict(verdict: FitVerdict) -> str:
+def verdict_name(verdict: FitVerdict) -> str:
+    """The verdict, with how much lies on the host."""
     on_host = verdict.workload.n_cpu_moe or verdict.workload.n_cpu_layers
     return f"{verdict.verdict} {on_host}" if verdict.verdict == "offload" else verdict.verdict
 
@@ -133,7 +135,8 @@ def _decode(verdict: FitVerdict) -> str:
     return f"{decode.low:.0f}-{decode.high:.0f}" if decode else "-"
 
 
-def _what_it_takes(verdict: FitVerdict) -> str:
+def what_it_takes(verdict: FitVerdict) -> str:
+    """Why it is a no."""
     if verdict.obstacle:
         return f"{verdict.obstacle}."
     needed = verdict.estimate.total.high
@@ -148,7 +151,7 @@ def show_comparison(columns: list[list[FitVerdict]]) -> None:
     for letter, column in zip(letters, columns, strict=True):
         price = column[0].usd_per_hour
         rent = f", {price:.2f} USD an hour" if price else ""
-        render.print_line(f"{letter}: {_machine_name(column[0])}, {_memory(column[0].machine.device)}{rent}")
+        render.print_line(f"{letter}: {machine_name(column[0])}, {_memory(column[0].machine.device)}{rent}")
     workload = columns[0][0].workload
     title = f"verdict and longest context; asked for {workload.max_model_len:,} tokens"
     at_once = max(1, (render.width() - 20) // 12)
@@ -189,7 +192,7 @@ def show_cheapest(verdicts: list[FitVerdict]) -> None:
         rows.append([
             _short_model(verdict),
             f"{verdict.candidate.engine.name} {verdict.candidate.format}",
-            _machine_name(verdict),
+            machine_name(verdict),
             f"{verdict.usd_per_hour:.2f}",
             f"{price[0]:.2f}-{price[1]:.2f}" if price else "-",
             _decode(verdict),

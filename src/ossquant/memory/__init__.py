@@ -6,7 +6,7 @@ from typing import Any
 
 from ossquant.errors import UsageError
 from ossquant.hardware import Device
-from ossquant.memory import llama_cpp, ollama, transformers, vllm
+from ossquant.memory import llama_cpp, mlx, ollama, transformers, vllm
 from ossquant.memory.terms import Basis, MemoryEstimate, Term, Workload
 from ossquant.plan import Plan
 from ossquant.units import nearest
@@ -23,7 +23,7 @@ __all__ = [
     "workload_for",
 ]
 
-ENGINES = ("transformers", "vllm", "llama.cpp", "ollama")
+ENGINES = ("transformers", "vllm", "llama.cpp", "ollama", "mlx")
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ def estimate(plan: Plan, engine: Engine, workload: Workload, device: Device, cou
         return ollama.estimate(plan, workload, device, count, engine.version)
     if engine.name == "vllm":
         return vllm.estimate(plan, workload, device, count, engine.version)
+    if engine.name == "mlx":
+        return mlx.estimate(plan, workload, device)
     return transformers.estimate(plan, workload, device, count)
 
 
@@ -68,7 +70,7 @@ _OWN_OPTIONS = {
     "n_cpu_moe": ("llama.cpp", "transformers"),
     "kv_unified": ("llama.cpp",),
     "swa_full": ("llama.cpp",),
-    "max_num_batched_tokens": ("vllm", "transformers"),
+    "max_num_batched_tokens": ("vllm", "transformers", "mlx"),
     "gpu_memory_utilization": ("vllm",),
     "tensor_parallel": ("vllm",),
 }
@@ -77,6 +79,7 @@ _KV_DTYPES = {
     "ollama": ollama.KV_DTYPES,
     "vllm": vllm.KV_DTYPES,
     "transformers": transformers.KV_DTYPES,
+    "mlx": mlx.KV_DTYPES,
 }
 
 

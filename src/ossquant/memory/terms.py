@@ -56,8 +56,8 @@ class Workload:
     """What is asked of an engine. None: the engine's default.
 
     max_model_len is the context in tokens of one sequence, max_num_seqs how many run at once. ubatch is
-    llama.cpp's physical batch; max_num_batched_tokens vLLM's, and in transformers the prompt tokens computed
-    at once. tensor_parallel is how many GPUs vLLM splits each layer over, all if not said. n_cpu_moe layers
+    llama.cpp's physical batch; max_num_batched_tokens vLLM's, and in transformers and mlx the prompt tokens
+    computed at once. tensor_parallel is how many GPUs vLLM splits each layer over, all if not said. n_cpu_moe layers
     keep their experts in host memory, n_cpu_layers run there whole. kv_unified: the sequences share
     max_model_len cells. swa_full: sliding layers keep the whole context.
     """
