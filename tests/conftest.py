@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from ossquant.plan import Plan
 from ossquant.quantize import quantize
 from ossquant.recipe import built_in
 
@@ -100,6 +101,18 @@ def _make(output: Path, form: str) -> Path:
 
     make_checkpoint(output, TINY, form)
     return output
+
+
+def export_ollama(source: Path, folder: Path, split_max_size: int | None = None, **formats: str) -> Plan:
+    """Export to GGUF with a Modelfile beside it; formats are experts and dense."""
+    from ossquant.export.gguf import export_gguf
+    from ossquant.export.ollama import modelfile
+
+    report = export_gguf(
+        source, folder, split_max_size=split_max_size, **formats,  # type: ignore[arg-type]
+        made=lambda planned: {"Modelfile": modelfile([file.name for file in planned.files])},
+    )  # fmt: skip
+    return report.result
 
 
 def run_cli(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:

@@ -90,12 +90,12 @@ def verify(source: str | Path, against: str | Path | None = None, progress: Prog
         plan, manifest = checkpoint.plan, read_manifest(checkpoint.folder)
         hashed = plan.nbytes if manifest else 0
         if against is None:
-            faults = _faults(checkpoint, manifest, _meter(hashed, progress))
+            faults = _faults(checkpoint, manifest, meter(hashed, progress))
             comparison = None
         else:
             with open_checkpoint(against) as other:
                 _check_shapes(checkpoint, other)
-                done = _meter(hashed + plan.nbytes + other.plan.nbytes, progress)
+                done = meter(hashed + plan.nbytes + other.plan.nbytes, progress)
                 faults = _faults(checkpoint, manifest, done)
                 comparison = _compare(checkpoint, other, done)
         return VerifyReport(
@@ -132,10 +132,10 @@ def _changed_side_files(folder: Path) -> list[str]:
         manifest = read_manifest(folder)
     except CheckpointError:  # nothing to compare with
         return []
-    return [fault.file for fault in _side_file_faults(folder, manifest)] if manifest else []
+    return [fault.file for fault in side_file_faults(folder, manifest)] if manifest else []
 
 
-def _meter(total: int, progress: Progress | None) -> Callable[[int], None]:
+def meter(total: int, progress: Progress | None) -> Callable[[int], None]:
     """Make of progress, which is told all that is done, something that is told what is newly done."""
     so_far = 0
 
@@ -168,10 +168,11 @@ def _faults(checkpoint: Checkpoint, manifest: Manifest | None, done: Callable[[i
     known = set(names)
     gone = (name for name in manifest.tensors if name not in known)
     faults += [Fault(name, manifest.tensors[name].file, "not in the checkpoint") for name in gone]
-    return faults + _side_file_faults(checkpoint.folder, manifest) + _more_weights(checkpoint)
+    return faults + side_file_faults(checkpoint.folder, manifest) + _more_weights(checkpoint)
 
 
-def _side_file_faults(folder: Path, manifest: Manifest) -> list[Fault]:
+def side_file_faults(folder: Path, manifest: Manifest) -> list[Fault]:
+    """What is wrong with the files beside the weights. Raises CheckpointError for one that cannot be read."""
     faults = []
     for name, expected in manifest.side_files.items():
         path = folder / name

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gguf_folder import make_gguf_folder
+from conftest import export_ollama
 from ossquant.checkpoint.gguf_export import read_gguf_export
 from ossquant.checkpoint.manifest import MANIFEST
 from ossquant.checkpoint.reader import JOB
@@ -18,7 +18,7 @@ from ossquant.layout import Role
 
 @pytest.fixture
 def export(trained: Path, tmp_path: Path) -> Path:
-    make_gguf_folder(trained, tmp_path / "export")
+    export_ollama(trained, tmp_path / "export")
     return tmp_path / "export"
 
 
@@ -29,7 +29,7 @@ def export(trained: Path, tmp_path: Path) -> Path:
 )  # fmt: skip
 def test_plan(trained: Path, tmp_path: Path, experts: str, dense: str, name: str) -> None:
     """The plan is the one that was exported, byte for byte, whatever each role is in."""
-    plan = make_gguf_folder(trained, tmp_path / "export", experts, dense)
+    plan = export_ollama(trained, tmp_path / "export", experts=experts, dense=dense)
     found = read_gguf_export(str(tmp_path / "export"))
     assert found is not None
     assert (found.plan.nbytes, stored_format(found.plan)) == (plan.nbytes, name)
@@ -47,11 +47,15 @@ def test_real_size(export: Path) -> None:
 
 def test_files(trained: Path, tmp_path: Path) -> None:
     """A server is given the first of several files, by the folder or by any of them."""
-    make_gguf_folder(trained, tmp_path / "export", shards=3)
-    for source in ("export", "export/gpt-oss-00001-of-00003.gguf", "export/gpt-oss-00003-of-00003.gguf"):
+    export_ollama(trained, tmp_path / "export", split_max_size=900_000)
+    for source in (
+        "export",
+        "export/tiny-mxfp4-q8_0-00001-of-00003.gguf",
+        "export/tiny-mxfp4-q8_0-00003-of-00003.gguf",
+    ):
         found = read_gguf_export(str(tmp_path / source))
         assert found is not None
-        assert found.first == tmp_path / "export/gpt-oss-00001-of-00003.gguf"
+        assert found.first == tmp_path / "export/tiny-mxfp4-q8_0-00001-of-00003.gguf"
         assert found.modelfile == tmp_path / "export/Modelfile"
     (tmp_path / "export/Modelfile").unlink()
     found = read_gguf_export(str(tmp_path / "export"))
@@ -80,11 +84,11 @@ def test_foreign(export: Path, tmp_path: Path) -> None:
 
 
 def _cut(folder: Path) -> None:
-    os.truncate(folder / "gpt-oss.gguf", 1000)
+    os.truncate(folder / "tiny-mxfp4-q8_0.gguf", 1000)
 
 
 def _rename(folder: Path) -> None:
-    (folder / "gpt-oss.gguf").rename(folder / "renamed.gguf")
+    (folder / "tiny-mxfp4-q8_0.gguf").rename(folder / "renamed.gguf")
 
 
 def _unknown(folder: Path) -> None:
@@ -106,7 +110,7 @@ def _change(folder: Path, role: str, scheme: object) -> None:
     ("damage", "words"),
     [
         (_cut, "1.00 kB of 2.2"),
-        (_rename, "gpt-oss.gguf: named in"),
+        (_rename, "tiny-mxfp4-q8_0.gguf: named in"),
         (_unknown, "experts in 'iq4_nl', which no GGUF"),
         (_straddling, "do not divide"),
         (lambda folder: (folder / JOB).touch(), "unfinished"),

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import TRAINED, run_cli
-from gguf_folder import make_gguf_folder
+from conftest import TRAINED, export_ollama, run_cli
 from ossquant.cli import main
 from ossquant.fit import ENGINE_FORMATS, candidate, fit
 from ossquant.hardware import devices, find_machine
@@ -58,7 +57,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.fixture
 def gguf(trained: Path, tmp_path: Path) -> Path:
-    make_gguf_folder(trained, tmp_path / "My export", shards=2, name="tiny-mxfp4")
+    export_ollama(trained, tmp_path / "My export", split_max_size=1_300_000)
     return tmp_path / "My export"
 
 
@@ -148,10 +147,10 @@ def test_no_server(serve: Serve, quantized: dict[str, Path], form: str) -> None:
 
 def test_gguf(serve: Serve, gguf: Path) -> None:
     """An export to GGUF goes to llama-server by its first file, named by the folder or by a file."""
-    for source in (gguf, gguf / "tiny-mxfp4-00002-of-00002.gguf"):
+    for source in (gguf, gguf / "tiny-mxfp4-q8_0-00002-of-00002.gguf"):
         done = serve(source, "--gpu", "4090")
         assert line(done)[0] == "llama-server"
-        assert value(done, "-m") == str(gguf / "tiny-mxfp4-00001-of-00002.gguf")
+        assert value(done, "-m") == str(gguf / "tiny-mxfp4-q8_0-00001-of-00002.gguf")
     for engine in ("vllm", "transformers", "mlx"):
         refused(serve(gguf, "--gpu", "m4max", "--engine", engine), 2, f"{engine} does not load", "llama.cpp or ollama",
                 "from the published or bf16 checkpoint", "--to mxfp4")  # fmt: skip
@@ -322,7 +321,7 @@ def test_shell(gguf: Path, tmp_path: Path) -> None:
     path = f"{seen.parent}:{os.environ['PATH']}"
     done = subprocess.run(["/bin/sh", "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path,
                           env=os.environ | {"PATH": path})  # fmt: skip
-    assert done.stdout.splitlines()[:2] == ["[-m]", f"[{folder / 'tiny-mxfp4-00001-of-00002.gguf'}]"]
+    assert done.stdout.splitlines()[:2] == ["[-m]", f"[{folder / 'tiny-mxfp4-q8_0-00001-of-00002.gguf'}]"]
     assert not (tmp_path / "x").exists()
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import run_cli
-from gguf_folder import make_gguf_folder
+from conftest import export_ollama, run_cli
 
 RUNTIME = {"torch", "transformers", "bitsandbytes", "accelerate"}
 CODEC = {"numpy", "numba", "rich", "safetensors", "huggingface_hub"}
@@ -141,7 +140,7 @@ def test_serve_command_is_cold(engine: str) -> None:
 
 def test_serve_command_of_a_folder_is_cold(trained: Path, tmp_path: Path) -> None:
     """A GGUF folder is read without numpy, and without the gguf package."""
-    make_gguf_folder(trained, tmp_path / "export")
+    export_ollama(trained, tmp_path / "export")
     loaded = modules("serve-command", tmp_path / "export", "--gpu", "4090")
     assert not loaded & (RUNTIME | NETWORK | CODEC | {"gguf"})
 

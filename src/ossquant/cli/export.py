@@ -1,7 +1,6 @@
 """ossquant export: the checkpoint in the form that a server loads."""
 
 import shlex
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from ossquant.cli.options import CheckpointArgument, JsonOption
 from ossquant.cli.quantize import plan_json, report_json, summary
 from ossquant.errors import UsageError
 from ossquant.export.target import DENSE, EXPERTS, TARGETS, Target, check_formats, check_pair, find_target
-from ossquant.layout import Role
 from ossquant.recipe import Recipe
 from ossquant.units import parse_size
 
@@ -78,6 +76,7 @@ def _gguf(job: _Job, dense: str, experts: str) -> None:
     from ossquant.checkpoint.reader import open_checkpoint
     from ossquant.cli import render
     from ossquant.export.gguf import GgufPlan, export_gguf, model_name, plan_gguf
+    from ossquant.export.gguf_tensors import role_counts
     from ossquant.export.ollama import modelfile
 
     with open_checkpoint(job.source) as checkpoint:
@@ -86,9 +85,9 @@ def _gguf(job: _Job, dense: str, experts: str) -> None:
     files = _files(planned)
     if job.output is None:
         if job.as_json:
-            render.print_json(_gguf_json(job, planned) | plan_json(planned.plan, _counts(planned)))
+            render.print_json(_gguf_json(job, planned) | plan_json(planned.plan, role_counts(planned.plan)))
         else:
-            render.print_plan(planned.plan, f"{job.source} as {planned.recipe.name}", _counts(planned))
+            render.print_plan(planned.plan, f"{job.source} as {planned.recipe.name}", role_counts(planned.plan))
             render.print_lines(files)
         _warn(planned.warnings)
         return
@@ -105,7 +104,7 @@ def _gguf(job: _Job, dense: str, experts: str) -> None:
         )  # fmt: skip
     _warn(planned.warnings)
     if job.as_json:
-        render.print_json(report_json(report, planned.recipe, _counts(planned)) | _gguf_json(job, planned))
+        render.print_json(report_json(report, planned.recipe, role_counts(planned.plan)) | _gguf_json(job, planned))
     else:
         render.print_line(summary(report))
         render.note(_next(job.target, job.output, planned.files[0].name))
@@ -152,10 +151,6 @@ def _resumable(output: Path) -> Iterator[None]:
 
 def _files(planned: "GgufPlan") -> list[str]:
     return [f"{file.name}: {file.nbytes:,} bytes" for file in planned.files]
-
-
-def _counts(planned: "GgufPlan") -> Counter[Role]:
-    return Counter(tensor.entry.tensor.role for tensor in planned.tensors)
 
 
 def _warn(warnings: Sequence[str]) -> None:

@@ -6,10 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ossquant.cli.options import CheckpointArgument, JsonOption
+from ossquant.errors import UsageError
 from ossquant.units import size
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ossquant.codec.expand import Distance
+    from ossquant.layout import Role
     from ossquant.plan import Plan
     from ossquant.verify import Comparison, VerifyReport
 
@@ -26,26 +30,37 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check that a checkpoint is whole; with --against, measure its error. Exit code 3 if it is not whole."""
-    from ossquant import verify as verifier
+    from ossquant.checkpoint.gguf_export import read_gguf_export
     from ossquant.cli import render
 
+    export = read_gguf_export(checkpoint)
+    if export and against is not None:
+        raise UsageError("--against measures safetensors, not GGUF", hint="leave it out, or verify what it was made of")
     with render.byte_progress("verify") as progress:
-        report = verifier.verify(checkpoint, against, progress)
+        if export:
+            from ossquant.export.gguf_tensors import role_counts
+            from ossquant.export.verify_gguf import verify_gguf
+
+            report, counts = verify_gguf(export, progress), role_counts(export.plan)
+        else:
+            from ossquant.verify import verify as verify_checkpoint
+
+            report, counts = verify_checkpoint(checkpoint, against, progress), None
     if as_json:
         render.print_json(_report_json(report, checkpoint, against, worst))
     else:
-        _print(report, checkpoint, worst)
+        _print(report, checkpoint, worst, counts)
     if not report.whole:
         raise typer.Exit(NOT_WHOLE)
 
 
-def _print(report: "VerifyReport", checkpoint: str, worst: int) -> None:
+def _print(report: "VerifyReport", checkpoint: str, worst: int, counts: "Mapping[Role, int] | None") -> None:
     from ossquant.cli import render
 
     if report.comparison:
         _print_errors(report.plan, report.comparison, checkpoint, worst)
     else:
-        render.print_plan(report.plan, checkpoint)
+        render.print_plan(report.plan, checkpoint, counts)
     if report.manifest:
         made = report.manifest
         render.print_line(f"made of {made.source.name} by recipe {made.recipe}, ossquant {made.ossquant}")

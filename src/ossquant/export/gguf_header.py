@@ -12,7 +12,7 @@ from gguf.gguf_writer import WriterState
 from ossquant.checkpoint.header import Placed
 from ossquant.checkpoint.writer import Shard
 from ossquant.errors import CheckpointError, UnsupportedError
-from ossquant.export.gguf_tensors import GgufTensor
+from ossquant.export.gguf_tensors import ALIGNMENT, GgufTensor
 from ossquant.export.vocabulary import Vocabulary
 from ossquant.layout import Role
 from ossquant.plan import Plan
@@ -20,7 +20,6 @@ from ossquant.rope import Rope
 from ossquant.spec import alternating_layer_types
 
 ARCHITECTURE = "gpt-oss"
-ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 # by the experts' format, as llama.cpp calls a whole file
 _FILE_TYPES = {
     "mxfp4": gguf.LlamaFileType.MOSTLY_MXFP4_MOE,

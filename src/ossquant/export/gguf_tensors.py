@@ -1,11 +1,14 @@
 """The tensors of a GGUF file: llama.cpp's names for a plan's, gate and up of the experts apart."""
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 
+from ossquant.layout import Role
 from ossquant.plan import Plan, TensorPlan
 from ossquant.scheme import StoredTensor
 
+ALIGNMENT = 32  # of every tensor in the file; gguf's default
 # Source: llama.cpp's tensor names for the architecture gpt-oss, by gguf 0.19
 _MODEL = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -52,6 +55,11 @@ class GgufTensor:
 def gguf_tensors(plan: Plan) -> list[GgufTensor]:
     """List the file's tensors, in the plan's order."""
     return [tensor for entry in plan.tensors for tensor in _tensors(entry)]
+
+
+def role_counts(plan: Plan) -> Counter[Role]:
+    """How many of the file's tensors each role has."""
+    return Counter(tensor.entry.tensor.role for tensor in gguf_tensors(plan))
 
 
 def _tensors(entry: TensorPlan) -> list[GgufTensor]:
