@@ -110,7 +110,7 @@ def export_ollama(source: Path, folder: Path, split_max_size: int | None = None,
 
     report = export_gguf(
         source, folder, split_max_size=split_max_size, **formats,  # type: ignore[arg-type]
-        made=lambda planned: {"Modelfile": modelfile([file.name for file in planned.files])},
+        made=lambda planned: {"Modelfile": modelfile(planned.files[0].name)},
     )  # fmt: skip
     return report.result
 

@@ -111,8 +111,7 @@ def quantize(
             resumed = writer.resumed
             loss = Loss()
             cpu_elsewhere = run(checkpoint, plan, writer, loss, progress)
-            name = checkpoint.folder.name if Path(source).is_dir() else str(source)
-            manifest = make_manifest(checkpoint, name, recipe.name, plan, writer.tensors)
+            manifest = make_manifest(checkpoint, source_name(source), recipe.name, plan, writer.tensors)
             writer.commit(output_config(checkpoint.config, plan), plan.nbytes, side_files(checkpoint.folder), manifest)
         return QuantizeReport(
             source=checkpoint.plan,
@@ -231,6 +230,12 @@ def check_output(output: Path, source: Path) -> None:
     inside = output.resolve()
     if inside == source.resolve() or source.resolve() in inside.parents:
         raise UsageError(f"{output} lies inside the source", hint="choose an OUTPUT outside of it")
+
+
+def source_name(source: str | Path) -> str:
+    """What a folder or a hub id is called, without what a terminal or a manifest would not take."""
+    name = Path(source).resolve().name if Path(source).is_dir() else str(source)
+    return "".join(c if c.isprintable() else "-" for c in name)[:200] or "checkpoint"
 
 
 def identity(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import typer
 from ossquant.cli.options import CheckpointArgument, JsonOption
 from ossquant.cli.quantize import plan_json, report_json, summary
 from ossquant.errors import UsageError
-from ossquant.export.target import DENSE, EXPERTS, TARGETS, Target, check_formats, check_pair, find_target
+from ossquant.export.target import DENSE, EXPERTS, TARGETS, Target, check_formats, find_target
 from ossquant.recipe import Recipe
 from ossquant.units import parse_size
 
@@ -49,6 +49,8 @@ def export(
         raise UsageError("OUTPUT is missing", hint="name the folder to write, or --dry-run to see the plan")
     if output is not None and output.suffix == ".gguf":
         raise UsageError(f"OUTPUT is a folder, {output} looks like a file", hint=f"{output.with_suffix('')}-gguf")
+    if target.name == "ollama" and size is not None:
+        raise UsageError("--split-max-size: Ollama takes one file", hint="leave it out")
     job = _Job(source, None if dry_run else output, target, size, force, as_json)
     if target.recipe is None:
         check_formats(dense or DENSE[0], experts or EXPERTS[0])
@@ -79,29 +81,35 @@ def _gguf(job: _Job, dense: str, experts: str) -> None:
     from ossquant.export.gguf_tensors import role_counts
     from ossquant.export.ollama import modelfile
 
-    with open_checkpoint(job.source) as checkpoint:
-        check_pair(checkpoint.plan, job.target, job.source)
-        planned = plan_gguf(checkpoint, model_name(job.source), dense=dense, experts=experts, split_max_size=job.size)
-    files = _files(planned)
     if job.output is None:
+        with open_checkpoint(job.source) as checkpoint:
+            planned = plan_gguf(
+                checkpoint, model_name(job.source), dense=dense, experts=experts, split_max_size=job.size
+            )
         if job.as_json:
             render.print_json(_gguf_json(job, planned) | plan_json(planned.plan, role_counts(planned.plan)))
         else:
             render.print_plan(planned.plan, f"{job.source} as {planned.recipe.name}", role_counts(planned.plan))
-            render.print_lines(files)
+            render.print_lines(_files(planned))
         _warn(planned.warnings)
         return
 
-    def beside(planned: GgufPlan) -> dict[str, bytes]:
-        return {MODELFILE: modelfile([file.name for file in planned.files])} if job.target.name == "ollama" else {}
+    announced: list[GgufPlan] = []
 
-    for file in files:
-        render.note(file)
-    with _resumable(job.output), render.byte_progress(planned.recipe.name) as progress:
+    def announce(planned: GgufPlan) -> None:
+        announced.append(planned)
+        for file in _files(planned):
+            render.note(file)
+
+    def beside(planned: GgufPlan) -> dict[str, bytes]:
+        return {MODELFILE: modelfile(planned.files[0].name)} if job.target.name == "ollama" else {}
+
+    with _resumable(job.output), render.byte_progress(job.target.name) as progress:
         report = export_gguf(
             job.source, job.output, dense=dense, experts=experts, split_max_size=job.size, force=job.force,
-            progress=progress, made=beside,
+            progress=progress, announce=announce, made=beside,
         )  # fmt: skip
+    (planned,) = announced
     _warn(planned.warnings)
     if job.as_json:
         render.print_json(report_json(report, planned.recipe, role_counts(planned.plan)) | _gguf_json(job, planned))
@@ -117,10 +125,10 @@ def _safetensors(job: _Job, recipe: Recipe) -> None:
 
     with open_checkpoint(job.source) as checkpoint:
         planned = safetensors.plan_export(checkpoint, job.target, recipe, job.source)
+    about = {"source": job.source, "target": job.target.name, "warnings": list(planned.warnings)}
     if job.output is None:
         if job.as_json:
-            render.print_json({"source": job.source, "target": job.target.name, "warnings": list(planned.warnings),
-                               **plan_json(planned.plan)})  # fmt: skip
+            render.print_json(about | plan_json(planned.plan))
         else:
             render.print_plan(planned.plan, f"{job.source} for {job.target.name}")
         _warn(planned.warnings)
@@ -131,8 +139,9 @@ def _safetensors(job: _Job, recipe: Recipe) -> None:
         )
     _warn(planned.warnings)
     if job.as_json:
-        added = {"source": job.source, "target": job.target.name, "warnings": list(planned.warnings)}
-        render.print_json(report_json(report, recipe) | added)
+        written = sorted(job.output.glob("*.safetensors"))
+        files = [{"name": path.name, "bytes": path.stat().st_size} for path in written]
+        render.print_json(report_json(report, recipe) | about | {"files": files})
     else:
         render.print_line(summary(report))
         render.note(_next(job.target, job.output, ""))

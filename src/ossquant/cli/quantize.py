@@ -139,7 +139,7 @@ def summary(report: "QuantizeReport") -> str:
     result = report.result
     resumed = ", resumed" if report.resumed else ""
     return (
-        f"{report.output}: {size(result.nbytes)} in {report.files} files, "
+        f"{report.output}: {size(result.nbytes)} in {report.files} file{'s' * (report.files > 1)}, "
         f"{count(result.parameters_4bit)} of {count(result.parameters)} parameters in 4 bits; "
         f"{report.seconds:.1f} s, {size(report.bytes_per_second)}/s of source{resumed}{_rounding(report.mxfp4_error)}"
     )

@@ -29,7 +29,7 @@ from ossquant.export.vocabulary import read_vocabulary
 from ossquant.jobs import Job, Progress, nothing, run_jobs
 from ossquant.layout import Role
 from ossquant.plan import Plan, TensorPlan, make_plan
-from ossquant.quantize import Loss, QuantizeReport, check_output, identity, read_matrix
+from ossquant.quantize import Loss, QuantizeReport, check_output, identity, read_matrix, source_name
 from ossquant.recipe import Recipe, gguf_recipe
 
 ROWS_AT_ONCE = 2**18  # weights of an expert that are coded at a time: a megabyte of floats
@@ -99,24 +99,25 @@ def export_gguf(
     split_max_size: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
-    made: Callable[[GgufPlan], Mapping[str, bytes]] = lambda plan: {},
+    announce: Callable[[GgufPlan], None] = lambda planned: None,
+    made: Callable[[GgufPlan], Mapping[str, bytes]] = lambda planned: {},
 ) -> QuantizeReport:
     """Write SOURCE as GGUF into the folder OUTPUT, which appears whole or not at all, with config.json and manifest.
 
-    split_max_size is the bytes of data in a file; None for one file. made gives further files to write beside. An
-    interrupted job goes on where it stopped when it is run again. Raises UsageError, CheckpointError,
-    DoesNotFitError.
+    split_max_size is the bytes of data in a file; None for one file. announce is told the plan before anything is
+    written, made gives further files to write beside. An interrupted job goes on where it stopped when it is run
+    again. Raises UsageError, CheckpointError, DoesNotFitError.
     """
     started, cpu_started = time.monotonic(), time.process_time()
     with open_checkpoint(source) as checkpoint:
         check_output(output, checkpoint.folder)
-        name = model_name(source)
-        planned = plan_gguf(checkpoint, name, dense=dense, experts=experts, split_max_size=split_max_size)
+        planned = plan_gguf(checkpoint, model_name(source), dense=dense, experts=experts, split_max_size=split_max_size)
         with CheckpointWriter(output, planned.files, identity(checkpoint), force=force) as writer:
+            announce(planned)
             loss = Loss()
             run_jobs(_jobs(checkpoint, planned.tensors, writer, loss), checkpoint.plan.nbytes, progress)
             entries = {file.name: _header_entry(file) for file in planned.files} | writer.tensors
-            manifest = make_manifest(checkpoint, name, planned.recipe.name, planned.plan, entries)
+            manifest = make_manifest(checkpoint, source_name(source), planned.recipe.name, planned.plan, entries)
             config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
             writer.commit(config, None, [], manifest, made(planned))
         return QuantizeReport(
@@ -140,7 +141,7 @@ def _header_entry(file: Shard) -> TensorEntry:
 
 def model_name(source: str | Path) -> str:
     """What a folder or a hub id calls its model."""
-    return Path(source).resolve().name if Path(source).is_dir() else str(source).rpartition("/")[2]
+    return source_name(source).rpartition("/")[2]
 
 
 def _jobs(checkpoint: Checkpoint, tensors: Sequence[GgufTensor], writer: TensorWriter, loss: Loss) -> Iterator[Job]:

@@ -73,8 +73,10 @@ def export(
 ) -> QuantizeReport:
     """Write SOURCE for a target into the folder OUTPUT, which appears whole or not at all, and read it back.
 
-    Raises UsageError, CheckpointError, DoesNotFitError.
+    What plan_export refuses is refused here. Raises UsageError, CheckpointError, DoesNotFitError.
     """
+    with open_checkpoint(source) as checkpoint:
+        plan_export(checkpoint, target, recipe, str(source))
     report = quantize(
         source, output, recipe, max_shard_size=max_shard_size or DEFAULT_SHARD_SIZE, force=force, progress=progress
     )

@@ -75,7 +75,7 @@ def read_vocabulary(folder: Path, vocab_size: int, config: Mapping[str, Any]) ->
         eos=special["eos"],
         padding=special["pad"],
         chat_template=_chat_template(folder, settings),
-        splits_as_published=SPLIT in _patterns(table.get("pre_tokenizer")),
+        splits_as_published=_splits_as_published(table.get("pre_tokenizer")),
     )
 
 
@@ -90,19 +90,20 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _check_kind(table: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    if model.get("type") != "BPE" or model.get("byte_fallback") or table.get("normalizer") is not None:
+    other = any(model.get(key) for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"))
+    if model.get("type") != "BPE" or other or table.get("normalizer") is not None:
         raise UnsupportedError(f"{_FILE}: not a byte-level BPE as gpt-oss has", hint=_HINT)
 
 
-def _patterns(pre_tokenizer: object) -> list[object]:
-    """The regular expressions by which text is split."""
-    if not isinstance(pre_tokenizer, dict):
-        return []
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    if not isinstance(steps, list):
-        return []
-    found = [step["pattern"] for step in steps if isinstance(step, dict) and isinstance(step.get("pattern"), dict)]
-    return [pattern.get("Regex") for pattern in found]
+def _splits_as_published(pre_tokenizer: object) -> bool:
+    """Whether text is split by the one regular expression, and nothing is put before it."""
+    table = pre_tokenizer if isinstance(pre_tokenizer, dict) else {}
+    steps = table.get("pretokenizers", [table])
+    tables = [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+    patterns = [step["pattern"] for step in tables if isinstance(step.get("pattern"), dict)]
+    return [pattern.get("Regex") for pattern in patterns] == [SPLIT] and not any(
+        step.get("add_prefix_space") for step in tables
+    )
 
 
 def _added(table: Mapping[str, Any]) -> dict[str, tuple[int, TokenType]]:
