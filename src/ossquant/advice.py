@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from ossquant.engine import LOOPBACK
 from ossquant.fit import FitVerdict, falls_back
 from ossquant.layout import Role
 from ossquant.memory import estimate, vllm
 from ossquant.memory.llama_cpp import DEFAULT_UBATCH
 from ossquant.memory.transformers import PREFILL_CHUNK
-from ossquant.servers import LOOPBACK, PORTS
+from ossquant.servers import PORTS
 from ossquant.units import GIB, MIB, size_both
 
 _GGUF_REPOS = {("20b", "gguf-q8"): "ggml-org/gpt-oss-20b-GGUF", ("120b", "gguf-q8"): "ggml-org/gpt-oss-120b-GGUF"}

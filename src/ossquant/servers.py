@@ -3,13 +3,12 @@
 import re
 import shlex
 
+from ossquant.engine import LOOPBACK, Engine
 from ossquant.errors import UsageError
 from ossquant.fit import ENGINE_FORMATS, GGUF, GGUF_ENGINES, MIXED, FitVerdict, loads_stored, stored_format
-from ossquant.memory import Engine
 from ossquant.plan import Plan
 from ossquant.units import GIB, size, size_both
 
-LOOPBACK = "127.0.0.1"
 PORTS = {"llama.cpp": 8080, "ollama": 11434, "vllm": 8000, "mlx": 8080, "transformers": 8000}  # their own defaults
 # From what version on the lines of `advice` work as they are counted
 _MINIMUM = {

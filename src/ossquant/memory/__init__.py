@@ -1,15 +1,13 @@
 """What an engine takes in memory for a plan and a workload: exact where it follows, bounded where it does not."""
 
-import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from ossquant.errors import UsageError
+from ossquant.engine import ENGINES, Engine, parse_engine
 from ossquant.hardware import Device
 from ossquant.memory import llama_cpp, mlx, ollama, transformers, vllm
 from ossquant.memory.terms import Basis, MemoryEstimate, Term, Workload
 from ossquant.plan import Plan
-from ossquant.units import nearest
 
 __all__ = [
     "ENGINES",
@@ -22,32 +20,6 @@ __all__ = [
     "parse_engine",
     "workload_for",
 ]
-
-ENGINES = ("transformers", "vllm", "llama.cpp", "ollama", "mlx")
-
-
-@dataclass(frozen=True)
-class Engine:
-    """A server or library that runs models; version as it counts them, llama.cpp's build number as (build,)."""
-
-    name: str
-    version: tuple[int, ...] | None = None
-
-    @property
-    def offloads_experts(self) -> bool:
-        """Whether it can keep experts of some layers in host memory."""
-        return self.name in ("llama.cpp", "transformers")
-
-
-def parse_engine(name: str, version: str | None = None) -> Engine:
-    """Read an engine's name and version: ('llama.cpp', 'b8164'), ('vllm', '0.11.0'). Raises UsageError."""
-    if name not in ENGINES:
-        raise UsageError(f"unknown engine '{name}'", hint=nearest(name, ENGINES))
-    if version is None:
-        return Engine(name)
-    if not re.fullmatch(r"[bv]?\d{1,6}(\.\d{1,6}){0,3}([.+-]?[a-z][\w.+-]{0,60})?", version):
-        raise UsageError(f"'{version}' is no version of {name}", hint="write it like 0.11.0, or b8164 for llama.cpp")
-    return Engine(name, tuple(int(part) for part in re.findall(r"\d+", version)[:3]))
 
 
 def estimate(plan: Plan, engine: Engine, workload: Workload, device: Device, count: int = 1) -> MemoryEstimate:
