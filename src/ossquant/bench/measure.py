@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import ossquant.runtime  # noqa: F401  # isort: skip  says which extra is missing, so it comes before torch
 import torch
 
 from ossquant.errors import UsageError
