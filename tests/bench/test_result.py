@@ -56,6 +56,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         ("scenarios/0/metrics/ttft/value", None, "r: scenarios 0: metrics ttft has no 'value'"),
         ("scenarios/0/metrics/ttft/value", float("nan"), "r: scenarios 0: metrics ttft: value is not a finite number"),
         ("scenarios/0/metrics/ttft/value", True, "r: scenarios 0: metrics ttft: value is not a finite number"),
+        ("scenarios/0/metrics/ttft/mean", 10**400, "r: scenarios 0: metrics ttft: mean is not a finite number"),
         ("scenarios/0/metrics/itl", {}, "r: scenarios 0: metrics has an unknown metric 'itl'"),
         ("scenarios/0/requests/sent", -1, "r: scenarios 0: requests: sent is not a count"),
         ("scenarios/0/shape", {}, "r: scenarios 0: shape: kind is not a text"),
