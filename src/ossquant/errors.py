@@ -5,7 +5,10 @@ OssquantError           a message that says what and which, a hint that says wha
 │  └─ MissingExtraError an optional dependency is not installed
 ├─ CheckpointError      the files are not what they should be
 │  └─ UnsupportedError  sound, but nothing we can do with it
-└─ DoesNotFitError      too little memory or disk
+├─ DoesNotFitError      too little memory or disk
+├─ EndpointError        a server does not answer as it should
+├─ CommandError         a command that was to print a result does not
+└─ InvalidRunError      a run happened, but is no result
 """
 
 MAX_LENGTH = 400
@@ -46,3 +49,15 @@ class UnsupportedError(CheckpointError):
 
 class DoesNotFitError(OssquantError):
     """The disk or the memory is too small."""
+
+
+class EndpointError(OssquantError):
+    """A server cannot be reached, refuses, or answers something else than was asked."""
+
+
+class CommandError(OssquantError):
+    """A command that was to print a result ended otherwise."""
+
+
+class InvalidRunError(OssquantError):
+    """A run that is partial, or had errors that its figures hide, or lacks what is asked of it."""

@@ -6,9 +6,24 @@ import sys
 import typer
 
 from ossquant.cli import bench, chat, fit, merge, quantize, run, verify, warmup
-from ossquant.errors import CheckpointError, DoesNotFitError, OssquantError, UsageError
+from ossquant.errors import (
+    CheckpointError,
+    CommandError,
+    DoesNotFitError,
+    EndpointError,
+    InvalidRunError,
+    OssquantError,
+    UsageError,
+)
 
-EXIT_CODES: dict[type[OssquantError], int] = {UsageError: 2, CheckpointError: 3, DoesNotFitError: 4}
+EXIT_CODES: dict[type[OssquantError], int] = {
+    UsageError: 2,
+    CheckpointError: 3,
+    DoesNotFitError: 4,
+    InvalidRunError: 5,
+    EndpointError: 6,
+    CommandError: 6,
+}
 
 app = typer.Typer(
     name="ossquant",
