@@ -140,8 +140,15 @@ def test_a_wrong_time_is_no_turn() -> None:
 def test_what_differs_is_said() -> None:
     """Settings and machines that differ are named."""
     head = with_settings(SAME, seed=1, prompt={"tokens": 128})
-    notes = judged(BASE, head).notes
-    assert notes == ("settings differ: seed, prompt",)
+    assert judged(BASE, head).notes == ("settings differ: seed, prompt",)
+    assert judged(BASE, with_settings(SAME, nonce="a1b2")).notes == ()
+    devices = [{"name": "A", "sm_clock_mhz": 1980}], [{"name": "A", "sm_clock_mhz": 300}], [{"name": "B"}]
+    one, cooler, another = (
+        replace(BASE, results=tuple(replace(each, environment={"devices": made}) for each in BASE.results))
+        for made in devices
+    )
+    assert judged(one, cooler).notes == ()
+    assert judged(one, another).notes == ("environment differ: devices.0.name",)
 
 
 @pytest.mark.parametrize(

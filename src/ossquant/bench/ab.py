@@ -14,10 +14,10 @@ from typing import IO
 
 from ossquant.bench.compare import compare
 from ossquant.bench.comparison import Comparison
+from ossquant.bench.documents import measured_from_json
 from ossquant.bench.gate import Gate
 from ossquant.bench.paired import looks, spend
 from ossquant.bench.result import Result
-from ossquant.bench.result_reader import from_json
 from ossquant.bench.runs import Runs, require_valid
 from ossquant.bench.strict import MAX_BYTES
 from ossquant.errors import CommandError, UsageError
@@ -158,4 +158,4 @@ def _read(output: IO[bytes], code: int, name: str) -> Result:
         raise CommandError(
             f"{name}: the command printed no result (exit code {code})", hint="let it end with ossquant bench … --json"
         ) from None
-    return from_json(raw, f"what {name} printed")
+    return measured_from_json(raw, f"what {name} printed")

@@ -18,6 +18,7 @@ from ossquant.errors import InvalidRunError, UsageError
 # standard deviations of throughput that scripts/gate_power.py simulates with: of a run, of a host
 RUN_NOISE, HOST_NOISE = 0.02, 0.04
 DIFFERENCES_SHOWN = 6
+CHANGING = {"nonce", "sm_clock_mhz", "memory_clock_mhz"}  # what differs from run to run and need not be said
 IN_TURNS = "the runs were not taken in turns"
 version = cache(importlib.metadata.version)
 
@@ -134,13 +135,17 @@ def _noise() -> str:
     )
 
 
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "", depth: int = 4) -> list[str]:
+def _differences(before: Mapping[Any, Any], after: Mapping[Any, Any], prefix: str = "", depth: int = 4) -> list[str]:
     """The keys, dotted, under which two objects differ; what lies deeper counts as its parent."""
     found: list[str] = []
     for key in dict.fromkeys([*before, *after]):
-        one, other = before.get(key), after.get(key)
+        one, other = (_listed(each.get(key)) for each in (before, after))
         if depth and isinstance(one, Mapping) and isinstance(other, Mapping):
             found += _differences(one, other, f"{prefix}{key}.", depth - 1)
-        elif one != other:
+        elif one != other and key not in CHANGING:
             found.append(f"{prefix}{key}")
     return found
+
+
+def _listed(value: Any) -> Any:
+    return dict(enumerate(value)) if isinstance(value, list) else value

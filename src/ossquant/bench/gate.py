@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ossquant.bench.metrics import METRICS, MetricKind
+from ossquant.bench.metrics import METRICS, QUALITY, MetricKind
 from ossquant.bench.strict import number
 from ossquant.errors import UsageError
 from ossquant.units import nearest
@@ -14,6 +14,7 @@ from ossquant.units import nearest
 STATISTICS = ("mean", "p50", "p90", "p95", "p99")
 MAX_REGRESSION = 0.02  # where no gate says otherwise
 MAX_BYTES = 2**20
+KINDS = METRICS | QUALITY
 _BOUNDS = {"lower": "max", "higher": "min"}
 
 
@@ -33,7 +34,7 @@ class Rule:
     @property
     def kind(self) -> MetricKind:
         """The unit and the better direction of its metric."""
-        return METRICS[self.metric]
+        return KINDS[self.metric]
 
     @property
     def name(self) -> str:
@@ -74,8 +75,8 @@ def parse_gate(table: Mapping[str, Any], where: str) -> Gate:
     """Build a Gate from its TOML table; where names it in errors."""
     rules: list[Rule] = []
     for metric, asked in table.items():
-        if metric not in METRICS:
-            raise UsageError(f"{where}: unknown metric '{metric}'", hint=nearest(metric, METRICS))
+        if metric not in KINDS:
+            raise UsageError(f"{where}: unknown metric '{metric}'", hint=nearest(metric, KINDS))
         rules += _rules(metric, asked, f"{where}: [{metric}]")
     if not rules:
         raise UsageError(f"{where}: no metric has a limit", hint="[ttft] max = 0.5 or max_regression = 0.05")
@@ -95,7 +96,7 @@ def _rules(metric: str, asked: object, where: str) -> list[Rule]:
 
 
 def _rule(metric: str, statistic: str, table: object, where: str, also: tuple[str, ...] = ()) -> Rule:
-    kind = METRICS[metric]
+    kind = KINDS[metric]
     bound = _BOUNDS[kind.better]
     if not isinstance(table, dict):
         raise UsageError(f"{where} is no table", hint=f"{bound} = 0.5")

@@ -35,3 +35,25 @@ METRICS = {
     "usd_per_million_tokens": MetricKind("USD/Mtoken", "lower", "rent of the devices by output tokens"),
     "roofline_share": MetricKind("share", "higher", "decode rate by bandwidth / bytes read a token, single stream"),
 }
+
+# of `ossquant eval`; P is the reference's distribution, Q the candidate's
+QUALITY = {
+    "kld_mean": MetricKind("nat", "lower", "mean over tokens of sum P ln(P / Q) over the vocabulary"),
+    "kld_median": MetricKind("nat", "lower", "its median"),
+    "kld_p99": MetricKind("nat", "lower", "its 99th percentile"),
+    "kld_p99_9": MetricKind("nat", "lower", "its 99.9th percentile"),
+    "kld_max": MetricKind("nat", "lower", "its maximum"),
+    "ppl": MetricKind("1", "lower", "exp of the mean of -ln Q(token)"),
+    "ppl_reference": MetricKind("1", "lower", "exp of the mean of -ln P(token)"),
+    "ppl_ratio": MetricKind("1", "lower", "ppl / ppl_reference"),
+    "ln_ppl_ratio": MetricKind("nat", "lower", "its logarithm"),
+    "same_top": MetricKind("%", "higher", "tokens at which both hold the same token likeliest"),
+    "delta_p_mean": MetricKind("%", "higher", "mean of Q(token) - P(token)"),
+    "delta_p_rms": MetricKind("%", "lower", "root of the mean of its square"),
+    "length_ratio": MetricKind(
+        "1", "lower", "mean length of own answers / that of the reference's to the same prompts"
+    ),
+    "decode_tokens_per_second": MetricKind(
+        "tokens/s", "higher", "of one stream, tokens after the first, median of the runs"
+    ),
+}
