@@ -1,0 +1,225 @@
+"""Server: what an endpoint turned out to be and to understand; probed before anything is timed."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ossquant.bench.client import Client
+from ossquant.bench.prompts import Message, filler
+from ossquant.bench.trace import Trace, Usage
+from ossquant.errors import EndpointError, UsageError
+
+# what we would like to send, in the order in which it is given up if a refusal does not name the culprit
+OPTIONAL = ("continuous_usage_stats", "min_tokens", "ignore_eos", "reasoning_effort", "seed", "stream_options")
+SAMPLE_WORDS = 200
+NO_VISIBLE = 64  # tokens to the end of a short answer, hidden ones included
+_REFUSALS = (400, 422)
+_OWNERS = {"vllm": "vllm", "llamacpp": "llama.cpp", "library": "ollama", "sglang": "sglang"}
+_PATHS = {"/load_model": "transformers", "/get_server_info": "sglang", "/tokenizer_info": "vllm"}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a run will ask of the server; output_tokens of every answer, None of an optional thing leaves it out."""
+
+    model: str | None
+    output_tokens: int
+    reasoning_effort: str | None = None
+    seed: int = 0
+    ignore_eos: bool = True
+
+
+@dataclass(frozen=True)
+class Server:
+    """A probed server. accepted are the OPTIONAL ones that it takes; notes say what was adapted to it.
+
+    preamble is the prompt's tokens beside the text that is sent, tokens_per_word of the corpus, None if not counted.
+    fields are the names of its reasoning; details what it says of itself.
+    """
+
+    model: str
+    engine: str
+    accepted: tuple[str, ...]
+    usage: bool
+    continuous_usage: bool
+    fields: tuple[str, ...]
+    preamble: int | None
+    tokens_per_word: float | None
+    notes: tuple[str, ...]
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def body(self, messages: Sequence[Message], wanted: Wanted) -> dict[str, Any]:
+        """Make a request of all that the server takes."""
+        return request_body(self.model, messages, wanted, self.accepted)
+
+
+def request_body(model: str, messages: Sequence[Message], wanted: Wanted, accepted: Sequence[str]) -> dict[str, Any]:
+    """Make a request with the accepted ones of OPTIONAL."""
+    optional: dict[str, Any] = {
+        "min_tokens": wanted.output_tokens,
+        "ignore_eos": True,
+        "reasoning_effort": wanted.reasoning_effort,
+        "seed": wanted.seed,
+        "stream_options": {"include_usage": True}
+        | ({"continuous_usage_stats": True} if "continuous_usage_stats" in accepted else {}),
+    }
+    return {
+        "model": model,
+        "messages": list(messages),
+        "stream": True,
+        "max_tokens": wanted.output_tokens,
+        **{name: value for name, value in optional.items() if name in accepted},
+    }
+
+
+async def probe(client: Client, wanted: Wanted) -> Server:
+    """Ask the server what it is, then two questions. Raises EndpointError; UsageError where a model is to be named."""
+    listed = await _models(client)
+    model = wanted.model or _only(listed)
+    engine, details = await _engine(client, listed)
+    accepted = [name for name in OPTIONAL if _is_wanted(name, wanted)]
+    short = replace(wanted, output_tokens=NO_VISIBLE)
+    first, accepted, refused = await _negotiate(client, model, listed, short, accepted)
+    words = filler(SAMPLE_WORDS)
+    sample, accepted, also_refused = await _negotiate(client, model, listed, wanted, accepted, words)
+    return Server(
+        model=model,
+        engine=engine,
+        accepted=tuple(accepted),
+        usage=sample.usage.completion is not None,
+        continuous_usage=sample.first_tokens is not None,
+        fields=tuple(sorted(first.fields | sample.fields)),
+        preamble=first.usage.prompt,
+        tokens_per_word=_tokens_per_word(first.usage, sample.usage),
+        notes=tuple(_notes(engine, [*refused, *also_refused], first, sample)),
+        details=details,
+    )
+
+
+def _is_wanted(name: str, wanted: Wanted) -> bool:
+    if name == "reasoning_effort":
+        return wanted.reasoning_effort is not None
+    return wanted.ignore_eos or name not in ("ignore_eos", "min_tokens")
+
+
+async def _negotiate(
+    client: Client, model: str, listed: Iterable[str], wanted: Wanted, accepted: list[str], text: str = "Hello."
+) -> tuple[Trace, list[str], list[str]]:
+    """Ask with less and less until it is answered: the answer, what was accepted, what was not."""
+    messages: list[Message] = [{"role": "user", "content": text}]
+    refused: list[str] = []
+    while True:
+        trace = (await client.ask(request_body(model, messages, wanted, accepted), 0)).trace()
+        if trace.error is None:
+            return trace, accepted, refused
+        culprits = _culprits(trace, accepted)
+        if not culprits:
+            raise _failed(client, model, listed, trace)
+        refused += culprits
+        accepted = [name for name in accepted if name not in culprits]
+
+
+def _culprits(trace: Trace, accepted: Sequence[str]) -> list[str]:
+    """Which of the optional ones a refusal is about: those that it names, else the first to be given up."""
+    if trace.status not in _REFUSALS and not (trace.error or "").startswith("an error in the stream"):
+        return []
+    named = [name for name in accepted if re.search(rf"\b{name}\b", trace.error or "")]
+    return named or list(accepted[:1])
+
+
+def _failed(client: Client, model: str, listed: Iterable[str], trace: Trace) -> EndpointError:
+    base = client.endpoint.base
+    if trace.status in (401, 403):
+        return EndpointError(f"{base} refuses the key: {trace.error}", hint="--api-key-env NAME gives it one")
+    if trace.status == 404:
+        served = f"it serves {', '.join(list(listed)[:5])}" if listed else "does the URL end before /chat/completions?"
+        return EndpointError(f"{base} does not serve '{model}': {trace.error}", hint=served)
+    return EndpointError(f"{base} answers with {trace.error}", hint="what does its log say?")
+
+
+async def _models(client: Client) -> dict[str, str]:
+    """The models that are served, with who owns them; empty if the server keeps no list."""
+    base = client.endpoint.base
+    status, headers, page = await client.get(f"{base}/models")
+    if status in (401, 403):
+        raise EndpointError(f"{base} refuses the key: HTTP {status}", hint="--api-key-env NAME gives it one")
+    if status >= 500:
+        raise EndpointError(f"{base} answers with HTTP {status}", hint="is the model loaded? what does its log say?")
+    if "html" in headers.get("Content-Type", "") or page.lstrip()[:1] == b"<":
+        raise EndpointError(f"{base} answers with a page of HTML", hint="the URL is another server's")
+    body = _json(page) if status == 200 else None
+    rows = body.get("data") if isinstance(body, dict) else None
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return {row["id"]: str(row.get("owned_by", "")) for row in rows if isinstance(row.get("id"), str)}
+
+
+def _only(listed: Mapping[str, str]) -> str:
+    if len(listed) == 1:
+        return next(iter(listed))
+    served = f"it serves {', '.join(list(listed)[:5])}" if listed else "it lists none"
+    raise UsageError("which model is to be measured is not clear", hint=f"say --model; {served}")
+
+
+async def _engine(client: Client, listed: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """The server's kind, and what it tells of itself; 'unknown' if it does not."""
+    root = client.endpoint.root
+    for owner in listed.values():
+        if owner in _OWNERS:
+            return _OWNERS[owner], await _details(client, _OWNERS[owner])
+    status, _, page = await client.get(f"{root}/openapi.json")
+    body = _json(page) if status == 200 else None
+    paths = body.get("paths") if isinstance(body, dict) else None
+    for path, engine in _PATHS.items():
+        if isinstance(paths, dict) and path in paths:
+            return engine, await _details(client, engine)
+    return "unknown", {}
+
+
+# where an engine tells its version and flags, and which of them are kept
+_DETAILS = {
+    "vllm": ("/version", ("version",)),
+    "ollama": ("/api/version", ("version",)),
+    "llama.cpp": ("/props", ("build_info", "total_slots", "model_alias", "n_ctx")),
+}
+
+
+async def _details(client: Client, engine: str) -> dict[str, Any]:
+    if engine not in _DETAILS:
+        return {}
+    path, keys = _DETAILS[engine]
+    status, _, page = await client.get(f"{client.endpoint.root}{path}")
+    body = _json(page) if status == 200 else None
+    if not isinstance(body, dict):
+        return {}
+    settings = body.get("default_generation_settings")
+    body = {**settings, **body} if isinstance(settings, dict) else body
+    return {key: body[key] for key in keys if isinstance(body.get(key), str | int)}
+
+
+def _json(page: bytes) -> Any:
+    try:
+        return json.loads(page)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _tokens_per_word(first: Usage, sample: Usage) -> float | None:
+    if first.prompt is None or sample.prompt is None or sample.prompt <= first.prompt:
+        return None
+    return (sample.prompt - first.prompt) / SAMPLE_WORDS
+
+
+def _notes(engine: str, refused: Sequence[str], first: Trace, sample: Trace) -> list[str]:
+    usage = sample.usage
+    notes = [f"refuses {', '.join(refused)}: left out"] if refused else []
+    names = sorted(first.fields | sample.fields)
+    notes.append(f"streams its reasoning as {' and '.join(names)}" if names else "no reasoning seen in its streams")
+    if usage.completion is None:
+        notes.append("gives no usage in streams: tokens are not known without --tokenizer")
+    elif sample.first_tokens is None:
+        notes.append("gives usage at the end of streams: the first chunk is taken for 1 token")
+    if usage.prompt is not None and usage.cached is None:
+        notes.append("does not say how much of a prompt was cached: a warm cache would not be seen")
+    return notes
