@@ -4,8 +4,8 @@ Weighed against the openai SDK and others, aiohttp adds the least: 68 ms to the 
 SDK adds 478 (2026-11).
 """
 
-import asyncio
 import json
+import os
 import ssl
 from collections.abc import Mapping
 from dataclasses import replace
@@ -30,27 +30,35 @@ KEEP_ALIVE = 4.0  # uvicorn closes after 5 s, and a request on a closing connect
 
 
 class Client:
-    """A pool of connections to one endpoint; use it as an async context."""
+    """Connections to one endpoint, which are kept and used again; use it as an async context.
+
+    fresh is set when a kept one turns out to be closed, as llama.cpp does: from then on each request opens its own.
+    """
 
     def __init__(self, endpoint: Endpoint, timeout: float) -> None:
         self.endpoint = endpoint
         self.pieces = 0  # received so far, for whoever shows progress
+        self.fresh = False
         self._timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=CONNECT_TIMEOUT)
 
     async def __aenter__(self) -> "Client":
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE)
-        self._session = aiohttp.ClientSession(
-            connector=connector, timeout=self._timeout, headers=self.endpoint.headers, auto_decompress=False
-        )
+        self._kept = self._session(aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE))
+        self._fresh = self._session(aiohttp.TCPConnector(limit=0, force_close=True))
         return self
 
     async def __aexit__(self, *caught: object) -> None:
-        await self._session.close()
+        await self._kept.close()
+        await self._fresh.close()
+
+    def _session(self, connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            connector=connector, timeout=self._timeout, headers=self.endpoint.headers, auto_decompress=False
+        )
 
     async def get(self, url: str) -> tuple[int, Mapping[str, str], bytes]:
         """Fetch a small page: status, headers, body. Raises EndpointError where no server answers."""
         try:
-            async with self._session.get(url, allow_redirects=False) as response:
+            async with self._fresh.get(url, allow_redirects=False) as response:
                 return response.status, response.headers, await response.content.read(MAX_ANSWER)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise EndpointError(f"{self.endpoint.base}: {failure(error)}", hint=_cure(error)) from error
@@ -58,20 +66,39 @@ class Client:
     async def ask(self, body: Mapping[str, Any], index: int, intended: float | None = None, turn: int = 0) -> Raw:
         """Send one request now and stamp every piece of its answer. A failure is the answer's, and not raised."""
         data = json.dumps(body).encode()
+        if not self.fresh:
+            raw = await self._send(self._kept, data, index, intended, turn)
+            if not isinstance(raw, BaseException):
+                return raw
+            self.fresh = True
+        raw = await self._send(self._fresh, data, index, intended, turn)
+        return raw if isinstance(raw, Raw) else self._lost(raw, index, intended, turn)
+
+    async def _send(
+        self, session: aiohttp.ClientSession, data: bytes, index: int, intended: float | None, turn: int
+    ) -> Raw | BaseException:
+        """Send; return what broke the connection before the server said a word."""
         sent = now()
         blank = Trace(index, sent if intended is None else intended, sent, sent, turn=turn)
         pieces: list[Piece] = []
         status, error = None, None
         try:
-            async with self._session.post(
+            async with session.post(
                 f"{self.endpoint.base}/chat/completions", data=data, allow_redirects=False
             ) as response:
                 status = response.status
                 error = await self._receive(response, pieces)
-        except (aiohttp.ClientError, OSError, TimeoutError, asyncio.IncompleteReadError) as caught:
-            # what was said before the connection broke is kept: it is an answer that was cut short
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionResetError) as caught:
+            if status is None and not isinstance(caught, aiohttp.ClientConnectorError):
+                return caught
+            error = None if pieces else failure(caught)  # an answer that was cut short, if there was some of it
+        except (aiohttp.ClientError, OSError, TimeoutError) as caught:
             error = None if pieces and not isinstance(caught, TimeoutError) else failure(caught)
         return Raw(replace(blank, ended=now(), status=status, error=error), pieces)
+
+    def _lost(self, error: BaseException, index: int, intended: float | None, turn: int) -> Raw:
+        at = now()
+        return Raw(Trace(index, at if intended is None else intended, at, at, error=failure(error), turn=turn), [])
 
     async def _receive(self, response: aiohttp.ClientResponse, pieces: list[Piece]) -> str | None:
         """Stamp pieces until the stream ends; return what is wrong with the answer."""
@@ -99,10 +126,11 @@ def failure(error: BaseException) -> str:
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return "no host of that name"
     if isinstance(error, aiohttp.ClientConnectorError):
-        return f"no server there: {error.os_error.strerror or error.os_error}"
+        reason = os.strerror(error.os_error.errno) if error.os_error.errno else error.os_error
+        return f"no server there: {reason}"
     if isinstance(error, TimeoutError):
         return "no answer in time"
-    if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError | ConnectionResetError):
+    if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError | aiohttp.ClientOSError):
         return "the server closed the connection"
     return str(error) or type(error).__name__
 

@@ -1,6 +1,7 @@
 """Load: who asks when. Closed loops wait for their answers, open ones send by the clock."""
 
 import asyncio
+import math
 import random
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ class Session:
     on_load: OnLoad
     dialogues: int
     turns: int
-    deadline: float
+    deadline: float = math.inf
     answers: list[Raw] = field(default_factory=list)
     complete: bool = False
     given_up: bool = False

@@ -107,12 +107,12 @@ class _Run:
                 await self._put(session, prompts, shape, shape.name)
         self.interrupted = not session.complete and not session.given_up
         traces = [raw.trace() for raw in session.answers]
-        if not traces:
+        if not traces and self.interrupted:
             return None
         self.traces[shape.name] = traces
         facts = Facts(
             shape=shape.to_json(),
-            seconds=max(trace.ended for trace in traces) - min(trace.intended for trace in traces),
+            seconds=_wall(traces),
             partial=self.interrupted,
             given_up=session.given_up,
             output_tokens=self.asked.output_tokens,
@@ -123,6 +123,7 @@ class _Run:
             drawn=watch.result(),
             usd_per_hour=self.rig.usd_per_hour,
             roof_tokens_per_second=self.rig.roof_tokens_per_second if shape.kind == "single" else None,
+            splits=self.server.splits,
             why=self.rig.why if shape.kind == "single" else _without_roof(self.rig.why),
         )
         return make_scenario(shape.name, traces, facts)
@@ -140,13 +141,14 @@ class _Run:
         return not self.interrupted
 
     def _session(self, shape: Shape, dialogues: int, ask: Ask) -> Session:
-        return Session(ask, lambda *counts: None, dialogues, shape.turns, now() + self.asked.seconds)
+        return Session(ask, lambda *counts: None, dialogues, shape.turns)
 
     async def _put(self, session: Session, prompts: Sequence[Prompt], shape: Shape, name: str) -> None:
         def on_load(done: int, total: int, in_flight: int, failed: int) -> None:
             self.on_progress(name, done, total, in_flight, failed, self.client.pieces)
 
         session.on_load = on_load
+        session.deadline = now() + self.asked.seconds
         telling = asyncio.create_task(_tell(session))
         try:
             await run_load(session, prompts, shape, self.asked.seed)
@@ -190,9 +192,15 @@ class _Run:
             "slo": dict(asked.slo),
             "accepted": list(server.accepted),
             "adapted": list(server.notes),
+            "connections": "one a request" if self.client.fresh else "kept",
             "common_tokens": server.preamble,
             "rig": dict(self.rig.described),
         }
+
+
+def _wall(traces: Sequence[Trace]) -> float:
+    """Seconds from the first intended send to the last end."""
+    return max(trace.ended for trace in traces) - min(trace.intended for trace in traces) if traces else 0.0
 
 
 def _without_roof(why: Any) -> dict[str, str]:

@@ -34,6 +34,7 @@ class Facts:
     drawn: Drawn | None = None
     usd_per_hour: float | None = None
     roof_tokens_per_second: float | None = None
+    splits: bool = True  # whether channels come apart
     why: Mapping[str, str] = field(default_factory=dict)  # why a metric cannot be there, where that is known before
 
 
@@ -44,7 +45,7 @@ def make_scenario(name: str, traces: Sequence[Trace], facts: Facts) -> Scenario:
     counted = count_tokens(answered, facts.tokenizer)
     metrics = _metrics(answered, counted, facts) if answered else {}
     invalid = _invalid(traces, answered, truncated, counted, facts)
-    counts = describe_counts(answered, counted)
+    counts = describe_counts(answered, counted, facts.splits)
     if facts.client:
         counts["client"] = {"lag_p95": facts.client.lag, "cpu_share": facts.client.cpu_share}
     return Scenario(
@@ -100,12 +101,12 @@ def _warm(answered: Sequence[Trace], facts: Facts) -> str | None:
 
 
 def _metrics(answered: Sequence[Trace], counted: Counted, facts: Facts) -> dict[str, Metric]:
-    many = _latencies(answered, counted)
+    many = _latencies(answered, counted, facts.splits)
     metrics = {name: spread(name, values, len(answered), source) for name, (values, source) in many.items() if values}
     return metrics | _rates(answered, counted, facts) | _costs(metrics, counted, facts)
 
 
-def _latencies(answered: Sequence[Trace], counted: Counted) -> dict[str, tuple[list[float], Any]]:
+def _latencies(answered: Sequence[Trace], counted: Counted, splits: bool) -> dict[str, tuple[list[float], Any]]:
     """The values of each metric that every request has its own of."""
     outputs = counted.output or ()
     tpots = [t.tpot(output) for t, output in zip(answered, outputs, strict=True)] if outputs else []
@@ -113,7 +114,7 @@ def _latencies(answered: Sequence[Trace], counted: Counted) -> dict[str, tuple[l
     delays = [trace.sent - trace.intended for trace in answered]
     return {
         "ttft": ([trace.ttft for trace in answered], "client"),
-        "ttfa": ([trace.ttfa for trace in answered if trace.ttfa is not None], "client"),
+        "ttfa": ([trace.ttfa for trace in answered if trace.ttfa is not None and splits], "client"),
         "tpot": (known, counted.source),
         "icl": ([gap for trace in answered for gap in trace.gaps], "client"),
         "e2e": ([trace.e2e for trace in answered], "client"),
@@ -182,7 +183,8 @@ def _unmeasured(metrics: Mapping[str, Metric], counted: Counted, facts: Facts) -
     elif "tpot" not in metrics:
         why["tpot"] = "no answer had a second chunk"
     if "ttfa" not in metrics:
-        why.setdefault("ttfa", "no answer reached the final channel")
+        final = "no answer reached the final channel" if facts.splits else "the server does not take channels apart"
+        why.setdefault("ttfa", final)
     if "power_watts" not in metrics and "power_watts" in why:
         why["joules_per_token"] = why["power_watts"]
     return {name: reason for name, reason in why.items() if name not in metrics}

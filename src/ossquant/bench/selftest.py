@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from urllib.request import urlopen
 
@@ -120,7 +121,7 @@ def true_metrics(served: Sequence[Served]) -> dict[str, float]:
         "ttfa": median(each.went[each.channels.index("final")] - each.came for each in served),
         "tpot": tpot,
         "icl": median(
-            later - sooner for each in served for sooner, later in zip(each.went, each.went[1:], strict=False)
+            later - sooner for each in served for sooner, later in pairwise(each.went)
         ),
         "e2e": median(each.went[-1] - each.came for each in served),
         "tokens_per_second_per_user": 1 / tpot,

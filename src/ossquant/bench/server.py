@@ -36,7 +36,8 @@ class Server:
     """A probed server. accepted are the OPTIONAL ones that it takes; notes say what was adapted to it.
 
     preamble is the prompt's tokens beside the text that is sent, tokens_per_word of the corpus, None if not counted.
-    fields are the names of its reasoning; details what it says of itself.
+    fields are the names of its reasoning; splits whether harmony's channels come apart; details what it says of
+    itself.
     """
 
     model: str
@@ -45,6 +46,7 @@ class Server:
     usage: bool
     continuous_usage: bool
     fields: tuple[str, ...]
+    splits: bool
     preamble: int | None
     tokens_per_word: float | None
     notes: tuple[str, ...]
@@ -76,7 +78,7 @@ def request_body(model: str, messages: Sequence[Message], wanted: Wanted, accept
 
 async def probe(client: Client, wanted: Wanted) -> Server:
     """Ask the server what it is, then two questions. Raises EndpointError; UsageError where a model is to be named."""
-    listed = await _models(client)
+    listed = await _models(client, named=wanted.model is not None)
     model = wanted.model or _only(listed)
     engine, details = await _engine(client, listed)
     accepted = [name for name in OPTIONAL if _is_wanted(name, wanted)]
@@ -91,6 +93,7 @@ async def probe(client: Client, wanted: Wanted) -> Server:
         usage=sample.usage.completion is not None,
         continuous_usage=sample.first_tokens is not None,
         fields=tuple(sorted(first.fields | sample.fields)),
+        splits=_splits(first) and _splits(sample),
         preamble=first.usage.prompt,
         tokens_per_word=_tokens_per_word(first.usage, sample.usage),
         notes=tuple(_notes(engine, [*refused, *also_refused], first, sample)),
@@ -139,14 +142,14 @@ def _failed(client: Client, model: str, listed: Iterable[str], trace: Trace) -> 
     return EndpointError(f"{base} answers with {trace.error}", hint="what does its log say?")
 
 
-async def _models(client: Client) -> dict[str, str]:
+async def _models(client: Client, *, named: bool) -> dict[str, str]:
     """The models that are served, with who owns them; empty if the server keeps no list."""
     base = client.endpoint.base
     status, headers, page = await client.get(f"{base}/models")
     if status in (401, 403):
         raise EndpointError(f"{base} refuses the key: HTTP {status}", hint="--api-key-env NAME gives it one")
-    if status >= 500:
-        raise EndpointError(f"{base} answers with HTTP {status}", hint="is the model loaded? what does its log say?")
+    if status >= 500 and not named:  # transformers serve fails to list models where none was ever downloaded
+        raise EndpointError(f"{base} lists no models: HTTP {status}", hint="is it ready? else say --model")
     if "html" in headers.get("Content-Type", "") or page.lstrip()[:1] == b"<":
         raise EndpointError(f"{base} answers with a page of HTML", hint="the URL is another server's")
     body = _json(page) if status == 200 else None
@@ -205,6 +208,12 @@ def _json(page: bytes) -> Any:
         return None
 
 
+def _splits(trace: Trace) -> bool:
+    """Whether what is said to be final is not a whole reply with its channels' names in it."""
+    text = trace.text("final")
+    return not text.startswith(("analysis", "commentary")) and "<|channel|>" not in text
+
+
 def _tokens_per_word(first: Usage, sample: Usage) -> float | None:
     if first.prompt is None or sample.prompt is None or sample.prompt <= first.prompt:
         return None
@@ -216,6 +225,8 @@ def _notes(engine: str, refused: Sequence[str], first: Trace, sample: Trace) -> 
     notes = [f"refuses {', '.join(refused)}: left out"] if refused else []
     names = sorted(first.fields | sample.fields)
     notes.append(f"streams its reasoning as {' and '.join(names)}" if names else "no reasoning seen in its streams")
+    if not (_splits(first) and _splits(sample)):
+        notes.append("does not take harmony's channels apart: TTFA is not known")
     if usage.completion is None:
         notes.append("gives no usage in streams: tokens are not known without --tokenizer")
     elif sample.first_tokens is None:

@@ -93,7 +93,7 @@ def _agree(used: int, visible: int) -> bool:
     return -HIDDEN_SHARE * used - 1 <= used - visible <= spare
 
 
-def describe_counts(traces: Sequence[Trace], counted: Counted) -> dict[str, Any]:
+def describe_counts(traces: Sequence[Trace], counted: Counted, splits: bool) -> dict[str, Any]:
     """Say where the counts come from, and what hides in them."""
     cached = [trace.usage.cached for trace in traces if trace.usage.cached is not None]
     at_first = [trace.first_tokens for trace in traces if trace.first_tokens is not None]
@@ -106,7 +106,7 @@ def describe_counts(traces: Sequence[Trace], counted: Counted) -> dict[str, Any]
         "first_chunk_tokens": {"source": "usage" if at_first else "taken for 1", "median": _median(at_first or [1])},
         "chunks": sum(len(trace.chunks) for trace in traces),
         "hidden_tokens": _hidden(counted),
-        "reasoning": _reasoning(traces, counted),
+        "reasoning": _reasoning(traces, counted) if splits else None,
         "cached_tokens": _range(cached),
         "finish_reasons": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
     }

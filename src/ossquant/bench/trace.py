@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 from ossquant.bench.sse import Piece, events
@@ -87,7 +88,7 @@ class Trace:
     @property
     def gaps(self) -> list[float]:
         """Seconds between chunks."""
-        return [later.at - chunk.at for chunk, later in zip(self.chunks, self.chunks[1:], strict=False)]
+        return [later.at - chunk.at for chunk, later in pairwise(self.chunks)]
 
     @property
     def first_tokens(self) -> int | None:

@@ -31,7 +31,7 @@ class ClientLoad:
         if self.cpu_share > MAX_CPU_SHARE:
             return f"the client is saturated: {self.cpu_share:.0%} of a core"
         if self.lag > MAX_LAG:
-            return f"the client is saturated: its clock reads {self.lag * 1000:.0f} ms late"
+            return f"the client is saturated, or this machine busy: its clock reads {self.lag * 1000:.0f} ms late"
         return None
 
 

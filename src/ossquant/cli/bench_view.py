@@ -25,7 +25,7 @@ def print_result(result: "Result") -> None:
     from ossquant.cli import render
 
     for scenario in result.scenarios:
-        rows = [(_NAMES[name], *_cells(metric)) for name, metric in _ordered(scenario)]
+        rows = [(_name(name, metric, scenario), *_cells(metric)) for name, metric in _ordered(scenario)]
         if prefill := scenario.counts.get("prefill_tokens_per_second"):
             rows.append(("prefill tokens/s", say(prefill, "tokens/s"), "", "", "", ""))
         render.print_table(_title(scenario, result), ("", "median", "mean", "p90", "p95", "p99"), rows)
@@ -43,6 +43,12 @@ def _title(scenario: "Scenario", result: "Result") -> str:
     mark = "" if scenario.valid else " (no result)"
     what = f"{result.target.model} on {result.target.engine}, {scenario.name}{mark}"
     return f"{what}: {', '.join(said)}, {scenario.seconds:.1f} s"
+
+
+def _name(name: str, metric: "Metric", scenario: "Scenario") -> str:
+    """What a metric is called; TTFA with how many answers had a final channel, where not all did."""
+    some = name == "ttfa" and metric.count < scenario.requests.succeeded
+    return f"{_NAMES[name]} of {metric.count}" if some else _NAMES[name]
 
 
 def _ordered(scenario: "Scenario") -> "list[tuple[str, Metric]]":
