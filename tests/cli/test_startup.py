@@ -89,7 +89,9 @@ def test_fit_is_fast() -> None:
     assert reaches(0.30, "fit", "--gpu", "4090")
 
 
-@pytest.mark.parametrize("command", ["fit", "quantize", "verify", "merge", "run", "chat", "warmup", "bench", ""])
+@pytest.mark.parametrize(
+    "command", ["fit", "quantize", "verify", "merge", "run", "chat", "warmup", "bench", "eval", ""]
+)
 def test_help_is_cold(command: str) -> None:
     """Help loads neither the runtime nor numpy, numba or rich."""
     assert not modules(*command.split(), "--help") & (RUNTIME | CODEC)
