@@ -10,6 +10,8 @@ from ossquant.bench.student import t_cdf, t_quantile
 
 ALPHA = 0.05  # of each answer, over all looks: a change of exactly the limit is called regressed, or ok, that seldom
 
+FARTHEST = 700.0  # a ratio's logarithm that a float still holds
+
 
 @dataclass(frozen=True)
 class PairedTest:
@@ -31,21 +33,25 @@ def paired_test(
     base: Sequence[float], head: Sequence[float], better: Better, max_regression: float, alpha: float
 ) -> PairedTest:
     """Test log ratios by Student's t; every value is above 0, alpha that of one side, max_regression a share."""
-    logs = [math.log(after / before) for before, after in zip(base, head, strict=True)]
+    logs = [math.log(after) - math.log(before) for before, after in zip(base, head, strict=True)]
     mean = statistics.fmean(logs)
     if len(logs) < 2:
-        return PairedTest(math.exp(mean), None, None, 1.0, 1.0)
+        return PairedTest(_exp(mean), None, None, 1.0, 1.0)
     df = len(logs) - 1
     error = statistics.stdev(logs) / math.sqrt(len(logs))
     reach = t_quantile(1 - alpha, df) * error
     below = t_cdf(_t(mean - log_limit(better, max_regression), error), df)
     p_regressed, p_ok = (below, 1 - below) if better == "higher" else (1 - below, below)
-    return PairedTest(math.exp(mean), math.exp(mean - reach), math.exp(mean + reach), p_regressed, p_ok)
+    return PairedTest(_exp(mean), _exp(mean - reach), _exp(mean + reach), p_regressed, p_ok)
 
 
 def log_limit(better: Better, max_regression: float) -> float:
     """The logarithm of head / base at which head is worse by the share max_regression."""
     return math.log1p(-max_regression if better == "higher" else max_regression)
+
+
+def _exp(logarithm: float) -> float:
+    return math.exp(min(FARTHEST, logarithm))
 
 
 def _t(distance: float, error: float) -> float:

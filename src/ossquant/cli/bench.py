@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ossquant.bench.metrics import METRICS
+from ossquant.cli.ab import AbOption, BudgetOption, MaxPairsOption, PairsOption, bench_ab
 from ossquant.cli.options import (
     DEFAULT_MODEL_LEN,
     AttentionOption,
     DeviceOption,
     DtypeOption,
     Effort,
+    GateOption,
     JsonOption,
     MaxMemoryOption,
     SchemeOption,
@@ -36,13 +38,18 @@ second at random times and counts from the intended one; --turns 3 holds dialogu
 so that no prefix cache knows it. A run with failed or cut requests, counts that disagree, a warm cache or a
 client that cannot keep up is no result: exit code {INVALID}.
 
+--ab "CMD_A" "CMD_B" runs two commands that print a result, such as `ossquant bench … --json`, in turns (A B, B A, …)
+and judges B as `ossquant compare` does: at first after --pairs, then after half as many more each time, up to
+--max-pairs; the looks share 5 % of wrong answers. Exit codes: 0 ok, 1 regressed or a limit not kept, {INVALID}
+inconclusive or an invalid run, 6 a command that failed.
+
 \b
 What is measured; of each metric the median over requests, p99 from 300 requests up:
 {"".join(f"  {name}: {kind.definition}.{chr(10)}" for name, kind in METRICS.items())}"""
 
 
 def bench(
-    target: Annotated[str, typer.Argument(help=f"A checkpoint, a URL, or {SELFTEST}.")],
+    target: Annotated[str | None, typer.Argument(help=f"A checkpoint, a URL, or {SELFTEST}.")] = None,
     scheme: SchemeOption = None,
     device_map: DeviceOption = "auto",
     max_memory: MaxMemoryOption = None,
@@ -87,9 +94,15 @@ def bench(
     ] = None,
     usd_per_hour: Annotated[float | None, typer.Option(help="The rent of all its devices.")] = None,
     output: Annotated[
-        Path | None, typer.Option(help="A folder for result.json and requests.jsonl, a line a request.")
+        Path | None,
+        typer.Option(help="A folder for result.json and requests.jsonl, a line a request; of --ab for every result."),
     ] = None,
     save_text: Annotated[bool, typer.Option("--save-text", help="In requests.jsonl, too, what was said.")] = False,
+    ab: AbOption = None,
+    pairs: PairsOption = 5,
+    max_pairs: MaxPairsOption = None,
+    budget: BudgetOption = None,
+    gate: GateOption = None,
     as_json: JsonOption = False,
 ) -> None:
     from ossquant.bench.asked import Asked
@@ -97,6 +110,12 @@ def bench(
     from ossquant.bench.shape import make_shapes
     from ossquant.bench.tokens import load_tokenizer
 
+    if ab is not None and target is None:
+        bench_ab(ab, pairs=pairs, max_pairs=max_pairs, budget=budget, gate=gate, output=output, as_json=as_json)
+    if target is None or ab is not None:
+        raise UsageError("bench takes either a TARGET or --ab", hint="ossquant bench http://127.0.0.1:8000")
+    if gate or budget or max_pairs:
+        raise UsageError("--gate, --budget and --max-pairs go with --ab", hint="ossquant report RESULT --gate …")
     if target == SELFTEST:
         _selftest(_numbers("--concurrency", concurrency, int), as_json)
         return
