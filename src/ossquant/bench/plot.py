@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from xml.sax.saxutils import escape
+from html import escape  # xml.sax would load urllib and ssl
 
 from ossquant.bench.metrics import Better
 

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from ossquant.cli import bench, chat, evaluate, fit, merge, quantize, run, verify, warmup
+from ossquant.cli import bench, chat, compare, evaluate, fit, merge, quantize, report, run, verify, warmup
 from ossquant.errors import (
     CheckpointError,
     CommandError,
@@ -41,6 +41,8 @@ app.command("run")(run.run)
 app.command("chat")(chat.chat)
 app.command("warmup")(warmup.warmup)
 app.command("bench")(bench.bench)
+app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.command("eval")(evaluate.evaluate)
 
 
