@@ -3,8 +3,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from made_results import result, scenario, throughputs, with_settings
 
+from made_results import result, scenario, throughputs, with_settings
 from ossquant.bench.compare import check_limits, compare
 from ossquant.bench.comparison import Comparison
 from ossquant.bench.comparison_reader import comparison_from_json
@@ -97,7 +97,7 @@ def test_one_run_a_side() -> None:
     assert comparison.changes[0].ratio == pytest.approx(0.5)
     assert comparison.changes[0].low is None
     assert comparison.notes[0].startswith("one run a side: no test of a change is possible.")
-    assert "more than 6% on one host, by more than 13% on two" in comparison.notes[0]
+    assert "more than 6 % on one host, by more than 13 % on two" in comparison.notes[0]
 
 
 def test_one_run_a_side_fails_a_limit() -> None:

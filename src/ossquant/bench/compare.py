@@ -130,8 +130,8 @@ def _noise() -> str:
     same, other = (math.expm1(1.96 * math.sqrt(2 * square)) for square in (RUN_NOISE**2, RUN_NOISE**2 + HOST_NOISE**2))
     return (
         "one run a side: no test of a change is possible. Where runs vary by 2 % and hosts by 4 %, two runs of the "
-        f"same thing differ by more than {same:.0%} on one host, by more than {other:.0%} on two, once in twenty "
-        "times; `ossquant bench --ab` takes runs in turns until it is decided"
+        f"same thing differ by more than {100 * same:.0f} % on one host, by more than {100 * other:.0f} % on two, once "
+        "in twenty times; `ossquant bench --ab` takes runs in turns until it is decided"
     )
 
 

@@ -1,7 +1,7 @@
 """What a comparison looks like in a terminal."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ossquant.bench.changes import present
 from ossquant.bench.comparison import Change, Comparison, Limit
@@ -17,16 +17,18 @@ SAYS = {
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """Print what is gated, what else changed, what to know, and the verdict last."""
+    """Print what is gated, then every metric, what to know, and the verdict last."""
     for name, side in (("base", comparison.base), ("head", comparison.head)):
         render.print_line(plain(f"{name}: {side.model or side.target}, {side.engine or '-'} ({side.source})"))
     if comparison.gated:
-        many = f"{comparison.pairs} pairs" if comparison.pairs > 1 else "1 run a side"
-        confidence = f"intervals of {100 * (1 - 2 * comparison.alpha):.4g} %"
-        _print_changes(f"\n{many}, gate {plain(comparison.gate)}, {confidence}", comparison.gated, gated=True)
+        title = f"gate {plain(comparison.gate)}, one run a side"
+        if comparison.pairs > 1:
+            within = f"{100 * (1 - 2 * comparison.alpha):.4g} %"
+            title = f"gate {plain(comparison.gate)}, {comparison.pairs} pairs, intervals of {within}"
+        _print_by_scenario(title, comparison.gated, ("change", "", "allowed", "verdict"), _verdict)
     print_limits(comparison.limits)
-    if others := [change for change in comparison.changes if not change.verdict]:
-        _print_changes("\nnot gated", others, gated=False)
+    title = "medians of the runs" if comparison.pairs > 1 else "both runs"
+    _print_by_scenario(title, comparison.changes, ("base", "head", "change", ""), _values)
     for note in comparison.notes:
         render.print_line(f"! {plain(note)}")
     render.print_line(SAYS[comparison.verdict])
@@ -37,20 +39,26 @@ def print_limits(limits: Sequence[Limit]) -> None:
     if limits:
         rows = [[plain(limit.scenario), metric_name(limit), figure(limit.value, limit.unit), allowed(limit),
                  limit.verdict] for limit in limits]  # fmt: skip
-        render.print_table("\nabsolute limits", ("", "", "head", "limit", ""), rows, texts=2, dense=True)
+        render.print_table("\nabsolute limits", ("", "", "head", "allowed", "verdict"), rows, texts=2, dense=True)
 
 
-def _print_changes(title: str, changes: Sequence[Change], *, gated: bool) -> None:
+def _print_by_scenario(
+    title: str, changes: Sequence[Change], columns: Sequence[str], row: Callable[[Change], list[str]]
+) -> None:
     for scenario in dict.fromkeys(change.scenario for change in changes):
-        rows = [_row(change, gated) for change in changes if change.scenario == scenario]
-        verdict = ("limit", "verdict") if gated else ()
-        render.print_table(title, (plain(scenario), "base", "head", "change", "", *verdict), rows, dense=True)
+        rows = [[metric_name(each), *row(each)] for each in changes if each.scenario == scenario]
+        render.print_table(f"\n{title}" if title else "", (plain(scenario), *columns), rows, dense=True)
         title = ""
 
 
-def _row(change: Change, gated: bool) -> list[str]:
+def _verdict(change: Change) -> list[str]:
+    return [percent(change.ratio), _interval(change), allowed(change), change.verdict or ""]
+
+
+def _values(change: Change) -> list[str]:
     values = (statistics.median(side) if (side := present(each)) else None for each in (change.base, change.head))
-    row = [metric_name(change), *(figure(value, change.unit) for value in values), percent(change.ratio)]
-    if not gated:
-        return [*row, interval(change)]
-    return [*row, interval(change), allowed(change).removesuffix(" worse"), change.verdict or ""]
+    return [*(figure(value, change.unit) for value in values), percent(change.ratio), _interval(change)]
+
+
+def _interval(change: Change) -> str:
+    return "" if change.low is None else interval(change)

@@ -47,7 +47,10 @@ def note(text: str) -> None:
     err.print(text, soft_wrap=True)
 
 
-VERDICT_STYLES = {"fits": "green", "tight": "yellow", "offload": "cyan", "no": "red"}
+VERDICT_STYLES = {
+    "fits": "green", "tight": "yellow", "offload": "cyan", "no": "red",
+    "ok": "green", "regressed": "red", "failed": "red", "inconclusive": "yellow",
+}  # fmt: skip
 
 
 def print_table(
