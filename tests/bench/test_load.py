@@ -22,7 +22,7 @@ STALL = 1.0
 
 def measure(url: str, **asked: Any) -> Any:
     """Measure without a word."""
-    settings = {"output_tokens": 4, "warm_up": 0, "ignore_eos": True, **asked}
+    settings = {"output_tokens": 4, "warm_up": 0, **asked}
     return measure_endpoint(
         find_endpoint(url), Asked(**settings), announce=lambda note: None, on_progress=lambda *counts: None
     )

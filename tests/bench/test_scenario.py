@@ -84,11 +84,13 @@ def test_latency_counts_from_the_intended_time() -> None:
          "the server cut 1 of 1 prompts: 100 tokens of 101 words"),
         ([request(0, usage=Usage(100, 5, cached=80))], {"preamble": 60},
          "the cache was warm: 80 tokens of a prompt were cached, of which 60 are common to all"),
+        ([request(0), request(1, finished=2.0)], {},
+         "1 of 2 answers went on unseen, past their end: their tokens are no text"),
         ([request(0)], {"client": ClientLoad(lag=0.001, cpu_share=0.95)}, "the client is saturated: 95% of a core"),
         ([request(0)], {"client": ClientLoad(lag=0.02, cpu_share=0.1)},
          "the client is saturated, or this machine busy: its clock reads 20 ms late"),
     ],
-    ids=range(12),
+    ids=range(13),
 )  # fmt: skip
 def test_what_makes_a_run_invalid_is_named(traces: list[Trace], known: dict[str, Any], said: str) -> None:
     """Failures, cut answers and prompts, counts that disagree, a warm cache and a late client: each is said."""

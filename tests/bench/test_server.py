@@ -13,7 +13,7 @@ from ossquant.bench.server import OPTIONAL, Server, Wanted, probe
 from ossquant.errors import EndpointError, UsageError
 from servers import MODEL, Answer, delta, plain, serving, stream, usage, words
 
-WANTED = Wanted(None, 8, reasoning_effort="low")
+WANTED = Wanted(None, 8, reasoning_effort="low", ignore_eos=True)
 
 
 def probed(url: str, wanted: Wanted = WANTED) -> Server:
@@ -43,7 +43,7 @@ def test_a_server_without_quirks() -> None:
     with serving(plain) as url:
         server = probed(url)
     assert server.model == MODEL
-    assert server.accepted == OPTIONAL
+    assert set(server.accepted) == set(OPTIONAL) - {"timings_per_token"}  # that is llama.cpp's
     assert server.fields == ("reasoning_content",)
     assert server.usage
     assert not server.continuous_usage
@@ -132,8 +132,10 @@ def test_engines_are_told_apart() -> None:
     from servers import running
 
     with running(app) as url:
-        server = probed(url)
+        server = probed(url, Wanted(None, 8))
     assert server.engine == "llama.cpp"
+    assert "timings_per_token" in server.accepted
+    assert "ignore_eos" not in server.accepted  # which was not asked for
     assert server.details == {"build_info": "b1", "total_slots": 4, "n_ctx": 4096}
 
 

@@ -51,6 +51,25 @@ def test_tokens_of_the_first_chunk_are_left_out() -> None:
     assert trace.tpot(8) == pytest.approx(0.25)
 
 
+def test_llama_cpps_timings_count_too() -> None:
+    """llama.cpp tells its tokens in timings: hidden ones before the first and after the last text are left out."""
+    trace = read(
+        (11.0, delta(reasoning_content="a") | {"timings": {"predicted_n": 4}}),
+        (13.0, delta(content="b") | {"timings": {"predicted_n": 24}}),
+        (13.1, delta(finish="stop")),
+        (13.1, {"choices": [], "usage": usage(48, 26), "timings": {"predicted_n": 26}}),
+    )
+    assert trace.first_tokens == 4
+    assert trace.tpot(26) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("silence", "unseen"), [(0.1, False), (0.4, False), (0.6, True)])
+def test_an_answer_that_goes_on_unseen_is_noticed(silence: float, unseen: bool) -> None:
+    """A silence before the end that is long beside the gaps and the answer: the server wrote what it does not show."""
+    said = [(11.0 + 0.1 * place, delta(content="a")) for place in range(50)]
+    assert read(*said, (15.9 + silence, delta(finish="length"))).went_on_unseen == unseen
+
+
 def test_both_fields_at_once_are_one_chunk() -> None:
     """A server that sends the same reasoning under both names has said it once."""
     trace = read((11.0, delta(reasoning="a", reasoning_content="a")), (11.1, delta(content="b", finish="stop")))

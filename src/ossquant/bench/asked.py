@@ -28,7 +28,7 @@ class Asked:
     seconds: float = 3600.0
     model: str | None = None
     reasoning_effort: str | None = None
-    ignore_eos: bool = True
+    ignore_eos: bool = False
     slo: Mapping[str, float] = field(default_factory=dict)
     tokenizer: CountTokens | None = None
     gpu: str | None = None

@@ -18,7 +18,9 @@ class MetricKind:
 METRICS = {
     "ttft": MetricKind("s", "lower", "send to the first non-empty delta in any channel"),
     "ttfa": MetricKind("s", "lower", "send to the first delta of the final channel"),
-    "tpot": MetricKind("s", "lower", "(t_last - t_first) / (N - n_first) of a request; N by the server's usage"),
+    "tpot": MetricKind(
+        "s", "lower", "(t_last - t_first) / (N - n_first) of a request; N by the server's usage, n_first 1 if not told"
+    ),
     "icl": MetricKind("s", "lower", "gap between chunks as they arrive; a chunk may hold several tokens"),
     "e2e": MetricKind("s", "lower", "send to the last delta"),
     "queue_delay": MetricKind("s", "lower", "open loop: intended send to actual send; part of the latencies"),

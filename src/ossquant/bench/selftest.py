@@ -120,9 +120,7 @@ def true_metrics(served: Sequence[Served]) -> dict[str, float]:
         "ttft": median(each.went[0] - each.came for each in served),
         "ttfa": median(each.went[each.channels.index("final")] - each.came for each in served),
         "tpot": tpot,
-        "icl": median(
-            later - sooner for each in served for sooner, later in pairwise(each.went)
-        ),
+        "icl": median(later - sooner for each in served for sooner, later in pairwise(each.went)),
         "e2e": median(each.went[-1] - each.came for each in served),
         "tokens_per_second_per_user": 1 / tpot,
         "requests_per_second": len(served) / wall,

@@ -12,7 +12,10 @@ from ossquant.bench.trace import Trace, Usage
 from ossquant.errors import EndpointError, UsageError
 
 # what we would like to send, in the order in which it is given up if a refusal does not name the culprit
-OPTIONAL = ("continuous_usage_stats", "min_tokens", "ignore_eos", "reasoning_effort", "seed", "stream_options")
+OPTIONAL = (
+    "timings_per_token", "continuous_usage_stats", "min_tokens", "ignore_eos", "reasoning_effort", "seed",
+    "stream_options",
+)  # fmt: skip
 SAMPLE_WORDS = 200
 NO_VISIBLE = 64  # tokens to the end of a short answer, hidden ones included
 _REFUSALS = (400, 422)
@@ -28,7 +31,7 @@ class Wanted:
     output_tokens: int
     reasoning_effort: str | None = None
     seed: int = 0
-    ignore_eos: bool = True
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Server:
 def request_body(model: str, messages: Sequence[Message], wanted: Wanted, accepted: Sequence[str]) -> dict[str, Any]:
     """Make a request with the accepted ones of OPTIONAL."""
     optional: dict[str, Any] = {
+        "timings_per_token": True,
         "min_tokens": wanted.output_tokens,
         "ignore_eos": True,
         "reasoning_effort": wanted.reasoning_effort,
@@ -81,7 +85,7 @@ async def probe(client: Client, wanted: Wanted) -> Server:
     listed = await _models(client, named=wanted.model is not None)
     model = wanted.model or _only(listed)
     engine, details = await _engine(client, listed)
-    accepted = [name for name in OPTIONAL if _is_wanted(name, wanted)]
+    accepted = [name for name in OPTIONAL if _is_wanted(name, wanted, engine)]
     short = replace(wanted, output_tokens=NO_VISIBLE)
     first, accepted, refused = await _negotiate(client, model, listed, short, accepted)
     words = filler(SAMPLE_WORDS)
@@ -101,7 +105,9 @@ async def probe(client: Client, wanted: Wanted) -> Server:
     )
 
 
-def _is_wanted(name: str, wanted: Wanted) -> bool:
+def _is_wanted(name: str, wanted: Wanted, engine: str) -> bool:
+    if name == "timings_per_token":  # how llama.cpp tells its tokens with each chunk
+        return engine == "llama.cpp"
     if name == "reasoning_effort":
         return wanted.reasoning_effort is not None
     return wanted.ignore_eos or name not in ("ignore_eos", "min_tokens")
@@ -229,7 +235,9 @@ def _notes(engine: str, refused: Sequence[str], first: Trace, sample: Trace) -> 
         notes.append("does not take harmony's channels apart: TTFA is not known")
     if usage.completion is None:
         notes.append("gives no usage in streams: tokens are not known without --tokenizer")
-    elif sample.first_tokens is None:
+    elif sample.went_on_unseen:
+        notes.append("writes on unseen past harmony's end: --ignore-eos makes no result here")
+    if usage.completion is not None and sample.first_tokens is None:
         notes.append("gives usage at the end of streams: the first chunk is taken for 1 token")
     if usage.prompt is not None and usage.cached is None:
         notes.append("does not say how much of a prompt was cached: a warm cache would not be seen")

@@ -15,6 +15,7 @@ CountTokens = Callable[[str], int]
 # was cut into channels may take some tokens more or less than it did as it was written
 HIDDEN = 16
 HIDDEN_SHARE = 0.10
+UNSEEN_ANSWERS = 0.05  # share of answers that may end in silence: a server may stand still for a moment
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,9 @@ def _problems(traces: Sequence[Trace], known: int, visible: Sequence[int] | None
             problems.append(
                 f"counts disagree in {len(off)} of {len(traces)} answers: usage says {used}, the tokenizer {seen}"
             )
+    unseen = sum(trace.went_on_unseen for trace in traces)
+    if unseen > UNSEEN_ANSWERS * len(traces):
+        problems.append(f"{unseen} of {len(traces)} answers went on unseen, past their end: their tokens are no text")
     cut = [trace for trace in traces if trace.usage.prompt is not None and trace.usage.prompt < trace.sent_words]
     if cut:
         problems.append(

@@ -1,6 +1,7 @@
 """Trace: one request as it was seen from here, and the times that follow from it."""
 
 import json
+import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,15 +12,17 @@ from ossquant.bench.sse import Piece, events
 
 # vLLM and Ollama stream `reasoning`; llama.cpp, SGLang and transformers serve `reasoning_content`
 REASONING_FIELDS = ("reasoning_content", "reasoning")
+# a silence at the end of an answer that is longer than this share of it, and than so many gaps between chunks
+UNSEEN_SHARE, UNSEEN_GAPS = 0.05, 5
 Channel = Literal["reasoning", "final", "other"]
 now = time.perf_counter  # the clock of all times; on Linux every process reads the same
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """One delta that brought text: when, in which channel, how many characters.
+    """One delta that brought text: when, in which channel, what.
 
-    tokens is the completion's count so far where the server says it in every chunk.
+    tokens is the completion's count so far, those that nobody sees included, where the server tells it with each chunk.
     """
 
     at: float
@@ -42,8 +45,9 @@ class Usage:
 class Trace:
     """One request. All times are seconds of one monotonic clock.
 
-    intended is when it was to be sent, sent when it was. error says why it failed; truncated that its stream ended
-    before the answer did. fields are the names under which reasoning came; messages what was asked.
+    intended is when it was to be sent, sent when it was, finished when the stream said that the answer was over.
+    error says why it failed; truncated that its stream ended before the answer did. fields are the names under which
+    reasoning came; messages what was asked.
     """
 
     index: int
@@ -53,6 +57,7 @@ class Trace:
     chunks: tuple[Chunk, ...] = ()
     usage: Usage = Usage()
     finish_reason: str | None = None
+    finished: float | None = None
     truncated: bool = False
     error: str | None = None
     status: int | None = None
@@ -96,9 +101,22 @@ class Trace:
         return self.chunks[0].tokens if self.chunks else None
 
     def tpot(self, completion: int) -> float | None:
-        """Seconds a token after the first chunk, of so many tokens; None where nothing came after it."""
-        after = completion - (self.first_tokens or 1)
-        return (self.chunks[-1].at - self.chunks[0].at) / after if after > 0 and len(self.chunks) > 1 else None
+        """Seconds a token from the first chunk to the last, of so many tokens; None where nothing came after it.
+
+        Where each chunk tells how many tokens there are, those between the two count, else all but one.
+        """
+        if len(self.chunks) < 2:
+            return None
+        after = (self.chunks[-1].tokens or completion) - (self.first_tokens or 1)
+        return (self.chunks[-1].at - self.chunks[0].at) / after if after > 0 else None
+
+    @property
+    def went_on_unseen(self) -> bool:
+        """Whether the server wrote on long after the last text that it showed, as past harmony's end."""
+        if self.finished is None or len(self.chunks) < 2:
+            return False
+        silence, shown = self.finished - self.chunks[-1].at, self.e2e - self.ttft
+        return silence > UNSEEN_SHARE * shown and silence > UNSEEN_GAPS * statistics.median(self.gaps)
 
     def text(self, channel: Channel) -> str:
         """All the text of a channel."""
@@ -138,6 +156,7 @@ def read_trace(blank: Trace, pieces: Iterable[Piece]) -> Trace:
         chunks=tuple(reading.chunks),
         usage=reading.usage,
         finish_reason=reading.finish_reason,
+        finished=reading.finished,
         truncated=reading.finish_reason is None and not reading.done,
         fields=frozenset(reading.fields),
     )
@@ -150,6 +169,7 @@ class _Reading:
         self.chunks: list[Chunk] = []
         self.usage = Usage()
         self.finish_reason: str | None = None
+        self.finished: float | None = None
         self.fields: set[str] = set()
         self.done = self.seen = False
 
@@ -169,12 +189,12 @@ class _Reading:
         choices = body.get("choices")
         choice = choices[0] if isinstance(choices, list) and choices else None
         if isinstance(choice, dict):
-            self._choice(at, choice, self.usage.completion if body.get("usage") else None)
+            self._choice(at, choice, _so_far(body))
         return None
 
     def _choice(self, at: float, choice: dict[str, Any], tokens: int | None) -> None:
         if isinstance(choice.get("finish_reason"), str):
-            self.finish_reason = choice["finish_reason"]
+            self.finish_reason, self.finished = choice["finish_reason"], at
         delta = choice.get("delta")
         if not isinstance(delta, dict):
             return
@@ -193,6 +213,14 @@ def error_text(body: Any) -> str:
         if isinstance(body, dict) and key in body:
             return error_text(body[key])
     return body if isinstance(body, str) else json.dumps(body)[:200]
+
+
+def _so_far(body: dict[str, Any]) -> int | None:
+    """The completion's tokens with this chunk: vLLM tells them in its usage, llama.cpp in its timings."""
+    for name, key in (("usage", "completion_tokens"), ("timings", "predicted_n")):
+        if isinstance(body.get(name), dict):
+            return _count(body[name].get(key))
+    return None
 
 
 def _usage(raw: dict[str, Any]) -> Usage:

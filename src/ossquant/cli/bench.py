@@ -68,8 +68,13 @@ def bench(
     seconds: Annotated[float, typer.Option(help="Send no more after so many seconds of a scenario.")] = 3600.0,
     warm_up: Annotated[int, typer.Option(min=0, help="Uncounted requests of each stream before a scenario.")] = 1,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of a prompt, as near as words allow.")] = 128,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 64,
-    ignore_eos: Annotated[bool, typer.Option(help="Have answers be exactly that long, where the server can.")] = True,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer, at most on a server.")] = 64,
+    ignore_eos: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-eos", help="Have answers be exactly that long; past harmony's end a server may show none of it."
+        ),
+    ] = False,
     prompts: Annotated[
         Literal["corpus", "synthetic"], typer.Option(help="The packaged corpus, or dialogues of random words.")
     ] = "corpus",
