@@ -112,6 +112,14 @@ def test_hidden_tokens_are_counted() -> None:
     assert made.counts["hidden_tokens"] == {"total": 10, "min": 10, "median": 10, "max": 10}
 
 
+def test_one_odd_answer_among_many_is_none() -> None:
+    """One answer in twenty may count otherwise, as one in a channel that is not shown does; two may not."""
+    odd, tokenizer = Usage(100, 90), lambda text: len(text.split())
+    traces = [request(index, usage=odd if index < 1 else USAGE) for index in range(20)]
+    assert scenario(traces, tokenizer=tokenizer).valid
+    assert not scenario([*traces[1:], *traces[:1] * 2], tokenizer=tokenizer).valid
+
+
 def test_a_tokenizer_counts_where_the_server_does_not() -> None:
     """Without usage a tokenizer's count is taken, and said to be one; without either there is none, and why."""
     unknown = [request(0, usage=Usage())]

@@ -63,11 +63,22 @@ def test_llama_cpps_timings_count_too() -> None:
     assert trace.tpot(26) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize(("silence", "unseen"), [(0.1, False), (0.4, False), (0.6, True)])
+@pytest.mark.parametrize(("silence", "unseen"), [(0.1, False), (1.5, False), (1.7, True)])
 def test_an_answer_that_goes_on_unseen_is_noticed(silence: float, unseen: bool) -> None:
     """A silence before the end that is long beside the gaps and the answer: the server wrote what it does not show."""
     said = [(11.0 + 0.1 * place, delta(content="a")) for place in range(50)]
     assert read(*said, (15.9 + silence, delta(finish="length"))).went_on_unseen == unseen
+
+
+def test_tokens_tell_what_went_on_unseen() -> None:
+    """Where tokens are told with each chunk, those after the last one count, however fast they came."""
+
+    def unseen(total: int) -> bool:
+        said = [(11.0 + 0.1 * place, delta(content="a", usage=usage(9, place + 1))) for place in range(50)]
+        return read(*said, (15.9, delta(finish="length", usage=usage(9, total)))).went_on_unseen
+
+    assert not unseen(60)
+    assert unseen(80)
 
 
 def test_both_fields_at_once_are_one_chunk() -> None:

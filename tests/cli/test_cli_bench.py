@@ -22,7 +22,6 @@ from ossquant.cli.bench_view import print_checks
 from servers import MODEL, delta, plain, serving, stream, words
 
 FEW = ("--requests", "4", "--new-tokens", "8", "--warm-up", "0")
-BUSY = "the client is saturated"  # what another program on this machine may cause
 
 
 WITHOUT = """

@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ossquant.bench.result import Source
-from ossquant.bench.trace import Trace
+from ossquant.bench.trace import HIDDEN, Trace
 from ossquant.errors import MissingExtraError, UsageError
 
 CountTokens = Callable[[str], int]
-# <|channel|>analysis<|message|> … <|end|><|start|>assistant<|channel|>final<|message|> … <|return|> are 10; text that
-# was cut into channels may take some tokens more or less than it did as it was written
-HIDDEN = 16
 HIDDEN_SHARE = 0.10
-UNSEEN_ANSWERS = 0.05  # share of answers that may end in silence: a server may stand still for a moment
+# share of answers that may be odd: a model may write in a channel that is not shown, a server stand still at the end
+ODD_ANSWERS = 0.05
 
 
 @dataclass(frozen=True)
@@ -74,13 +72,13 @@ def _problems(traces: Sequence[Trace], known: int, visible: Sequence[int] | None
     if visible is not None:
         pairs = [(trace.usage.completion, seen) for trace, seen in zip(traces, visible, strict=True)]
         off = [(used, seen) for used, seen in pairs if used is not None and not _agree(used, seen)]
-        if off:
+        if len(off) > ODD_ANSWERS * len(traces):
             used, seen = off[0]
             problems.append(
                 f"counts disagree in {len(off)} of {len(traces)} answers: usage says {used}, the tokenizer {seen}"
             )
     unseen = sum(trace.went_on_unseen for trace in traces)
-    if unseen > UNSEEN_ANSWERS * len(traces):
+    if unseen > ODD_ANSWERS * len(traces):
         problems.append(f"{unseen} of {len(traces)} answers went on unseen, past their end: their tokens are no text")
     cut = [trace for trace in traces if trace.usage.prompt is not None and trace.usage.prompt < trace.sent_words]
     if cut:
