@@ -1,12 +1,16 @@
 """The gate's promises, simulated through its own code by scripts/gate_power.py."""
 
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from gate_power import CASES, simulate, stored_baseline
+from gate_power import CASES, CHANGES, Case, simulate, stored_baseline
 
 FIXED, DEFAULT = CASES[0], CASES[2]
+README = (Path(__file__).parent.parent / "README.md").read_text()
+FEW = 400
 MANY = 1500  # experiments; a share of 1 % is known to 0.5 %, one of 60 % to 2.5 %
 
 
@@ -45,6 +49,17 @@ def test_many_metrics() -> None:
     """With 6 metrics at the limit one is called a regression in at most 5 of 100, for Holm raises each."""
     verdicts, _ = simulate(replace(FIXED, scenarios=6), 0.02, MANY // 3)
     assert verdicts["regressed"] / (MANY // 3) <= 0.05 + 0.02
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_readme(case: Case) -> None:
+    """README's table is what the simulation gives, within what fewer experiments can tell."""
+    block = README.partition("<!-- gate_power: begin -->\n")[2].partition("<!-- gate_power: end -->")[0]
+    (row,) = (line.split("|")[2:] for line in block.splitlines() if line.startswith(f"| {case.name} |"))
+    for change, cell in zip(CHANGES, row, strict=False):
+        said = float(cell.strip().removesuffix(" %")) / 100
+        found = simulate(case, change, FEW)[0]["regressed"] / FEW
+        assert found == pytest.approx(said, abs=4 * math.sqrt(said * (1 - said) / FEW) + 0.005)
 
 
 def test_what_a_stored_baseline_does() -> None:
