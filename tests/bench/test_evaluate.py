@@ -228,10 +228,10 @@ def test_the_cache_is_by_what_it_depends_on(trained: Path, tmp_path: Path, monke
 
 
 def test_what_a_gguf_name_means(tmp_path: Path, trained: Path) -> None:
-    """A .gguf file, or a folder with one model, split or not; a checkpoint folder is none, and two models are one
-    too many."""
+    """A .gguf file, or a folder with one model, split or not; not a folder of safetensors, nor one with two models."""
     for name in ("a-00001-of-00002.gguf", "a-00002-of-00002.gguf"):
         (tmp_path / name).touch()
+    (tmp_path / "config.json").touch()  # `export` writes one beside it
     assert gguf_file(str(tmp_path)) == tmp_path / "a-00001-of-00002.gguf"
     assert gguf_file(str(trained)) is None
     (tmp_path / "b.gguf").touch()

@@ -10,8 +10,9 @@ import pytest
 
 from conftest import run_cli
 from ossquant.bench.metrics import QUALITY
+from ossquant.bench.quality import Estimate
 from ossquant.bench.quality_result import quality_from_json
-from ossquant.cli import main
+from ossquant.cli import evaluate_view, main
 
 FAST = ("--prompts", "8", "--max-new-tokens", "40", "--answers", "1", "--no-speed", "--device-map", "cpu")
 
@@ -53,6 +54,30 @@ def test_json_is_one_object(trained: Path, quantized: dict[str, Path], kept: Pat
     assert candidate.metrics["kld_mean"].count == printed["tokens"] > 100
     assert candidate.metrics["kld_mean"].se and candidate.metrics["kld_mean"].se_tokens
     assert candidate.metrics["decode_tokens_per_second"].value > 1
+
+
+@pytest.mark.parametrize(
+    ("value", "se", "shown"),
+    [
+        (0.0037, 0.0015, "0.0037 ±0.0015"),
+        (1.00039, 0.00023, "1.00039 ±0.00023"),
+        (0.99939, 0.0000123, "0.999390 ±1e-05"),
+        (3.15e-7, 1.3e-8, "3.15e-07 ±1e-08"),
+        (123.4, 12.0, "123 ±12"),
+        (1.0, 0.0, "1 ±0"),
+        (1.32, None, "1.32"),
+    ],
+)
+def test_an_error_says_how_many_digits_count(value: float, se: float | None, shown: str) -> None:
+    """A figure is shown to the second digit of its error, and in as much room as a table has."""
+    assert evaluate_view.figure(Estimate(value, se, None)) == shown
+    assert len(shown) <= 16
+
+
+def test_long_names_leave_room() -> None:
+    """Names are shown by their last part, in full where two have the same, and never longer than there is room."""
+    names = ["/a/nf4", "/b/nf4", "openai/gpt-oss-120b-and-a-very-long-name.gguf", "hybrid"]
+    assert evaluate_view.labels(names) == ["/a/nf4", "/b/nf4", "gpt-oss-1…-name.gguf", "hybrid"]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +157,8 @@ class Absent:
             raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 
 sys.meta_path.insert(0, Absent())
-from ossquant.cli import main
+from ossquant.bench.quality import Estimate
+from ossquant.cli import evaluate_view, main
 main()
 """
     command = [sys.executable, "-c", absent, "eval", tmp_path / "a.gguf", "--against", trained]

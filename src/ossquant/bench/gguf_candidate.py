@@ -28,7 +28,7 @@ _WRONG = (ValueError, IndexError, KeyError, OverflowError, TypeError, OSError)  
 
 
 def gguf_file(name: str) -> Path | None:
-    """The GGUF file that a name means: itself, or the only one (or first part) in a folder without config.json.
+    """The GGUF file that a name means: itself, or the only one (or first part) in a folder without safetensors.
 
     None if it means none. Raises UsageError for a folder with several.
     """
@@ -37,7 +37,7 @@ def gguf_file(name: str) -> Path | None:
         if not path.is_file():
             raise UsageError(f"no file {name}", hint="give a .gguf file or a checkpoint")
         return path
-    if not path.is_dir() or (path / "config.json").exists():
+    if not path.is_dir() or any(path.glob("*.safetensors")):
         return None
     found = sorted(each for each in path.glob("*.gguf") if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", each.name))
     if len(found) > 1:

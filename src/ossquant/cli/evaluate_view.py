@@ -19,12 +19,15 @@ from ossquant.units import size
 
 SCHEMA_VERSION = 1
 FEWEST_FOR_P99_9 = 1000
-MOST_PLACES = 6
+MOST_PLACES = 5
+FINEST = 0.001  # below it a value with a small error needs an exponent
+LONGEST_LABEL = 20  # leaves the figures room in 80 columns
 
 
 def line(evaluation: Evaluation) -> str:
     """One line about a candidate that is done."""
-    return f"{evaluation.facts.name}: KLD {figure(evaluation.quality['kld_mean'])}"
+    facts = evaluation.facts
+    return f"{facts.name} ({facts.format}, {size(facts.nbytes)}): KLD {figure(evaluation.quality['kld_mean'])}"
 
 
 def print_tables(found: Sequence[Evaluation], source: Source, reference: Reference) -> None:
@@ -32,9 +35,8 @@ def print_tables(found: Sequence[Evaluation], source: Source, reference: Referen
     facts = source.candidate.facts
     render.print_table(
         f"{_what(reference)}, against {labels([facts.name])[0]} ({facts.format}, {size(facts.nbytes)})",
-        ("", "format", "bytes", "bits", "tok/s", "KLD", "PPL ratio"),
+        ("", "bytes", "bits", "tok/s", "KLD", "PPL ratio"),
         _rows(found, _main),
-        texts=2,
         dense=True,
     )
     for columns, cells in (
@@ -57,10 +59,9 @@ def _rows(found: Sequence[Evaluation], cells: Callable[[Evaluation], list[str]])
 def _main(evaluation: Evaluation) -> list[str]:
     facts, quality, rate = evaluation.facts, evaluation.quality, evaluation.decode_rate
     return [
-        facts.format,
         size(facts.nbytes),
         f"{facts.bits_per_weight:.2f}",
-        "-" if rate is None else f"{rate:.1f}",
+        "-" if rate is None else f"{rate:.3g}",
         figure(quality["kld_mean"]),
         figure(quality["ppl_ratio"]),
     ]
@@ -76,9 +77,11 @@ def _tail(evaluation: Evaluation) -> list[str]:
 
 
 def labels(names: Sequence[str]) -> list[str]:
-    """The last part of each name, or all of it where that is not enough to tell them apart."""
+    """The last part of each name, or all of it where that is not enough to tell them apart, its middle left out."""
     short = [Path(name).name or name for name in names]
-    return [each if short.count(each) == 1 else name for each, name in zip(short, names, strict=True)]
+    whole = [each if short.count(each) == 1 else name for each, name in zip(short, names, strict=True)]
+    half = LONGEST_LABEL // 2
+    return [each if len(each) <= LONGEST_LABEL else f"{each[: half - 1]}…{each[-half:]}" for each in whole]
 
 
 def figure(estimate: Estimate) -> str:
@@ -88,7 +91,7 @@ def figure(estimate: Estimate) -> str:
         return f"{value:.3g}"
     places = 1 - math.floor(math.log10(se)) if se else 0
     if places > MOST_PLACES:
-        return f"{value:.2e} ±{se:.0e}"
+        return (f"{value:.2e}" if abs(value) < FINEST else f"{value:.6f}") + f" ±{se:.0e}"
     return f"{value:.{max(0, places)}f} ±{se:.{max(0, places)}f}"
 
 
