@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 
+from ossquant.bench.devices import Drawn
+from ossquant.bench.facts import Facts
 from ossquant.bench.result import Scenario
-from ossquant.bench.scenario import Facts, make_scenario
+from ossquant.bench.scenario import make_scenario
 from ossquant.bench.trace import Chunk, Trace, Usage
-from ossquant.bench.watch import ClientLoad, Drawn
+from ossquant.bench.watch import ClientLoad
 
 USAGE = Usage(prompt=100, completion=5, cached=0)
 

@@ -55,7 +55,7 @@ def test_every_metric_is_right_at_128_streams() -> None:
 
 def test_a_meter_that_knows_one_field_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were `reasoning` not read, TTFT would be that of the final channel, and the selftest would say so."""
-    monkeypatch.setattr("ossquant.bench.trace.REASONING_FIELDS", ("reasoning_content",))
+    monkeypatch.setattr("ossquant.bench.reading.REASONING_FIELDS", ("reasoning_content",))
     monkeypatch.setattr("ossquant.bench.selftest.TRIES", 1)
     ttft = run([1], ["reasoning"])["reasoning", 1, "ttft"]
     assert ttft.measured > 2 * ttft.true

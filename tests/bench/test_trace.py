@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from ossquant.bench.trace import Trace, Usage, read_trace
+from ossquant.bench.reading import read_trace
+from ossquant.bench.trace import Trace, Usage
 from servers import delta, usage
 
 BLANK = Trace(index=0, intended=10.0, sent=10.5, ended=20.0)

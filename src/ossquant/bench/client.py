@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 from ossquant.bench.endpoint import Endpoint
+from ossquant.bench.reading import Raw, error_text
 from ossquant.bench.sse import Piece
-from ossquant.bench.trace import Raw, Trace, error_text, now
+from ossquant.bench.trace import Trace, now
 from ossquant.errors import EndpointError, MissingExtraError
 
 try:

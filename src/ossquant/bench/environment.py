@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ossquant.bench.watch import nvidia_handles
+from ossquant.bench.devices import nvidia_handles
 
 PACKAGES = ("ossquant", "aiohttp", "torch", "transformers", "bitsandbytes", "accelerate", "numpy")
 GIT_SECONDS = 10

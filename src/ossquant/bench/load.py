@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ossquant.bench.prompts import Message, Prompt
+from ossquant.bench.reading import Raw
 from ossquant.bench.shape import Shape
-from ossquant.bench.trace import Raw, now
+from ossquant.bench.trace import now
 
 GIVE_UP = 20  # failures in a row, with none answered in between: the server is gone
 RAMP_SECONDS = 0.01  # from one stream's start to the next: all at once would time their common arrival

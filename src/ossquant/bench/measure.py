@@ -105,7 +105,7 @@ def measure(
         runs=tuple(counted),
         device=torch.cuda.get_device_name() if on_device else "cpu",
         peak_host_bytes=_peak_host_bytes(),
-        peak_device_bytes=torch.cuda.max_memory_allocated() if on_device else None,
+        peak_device_bytes=_peak_device_bytes() if on_device else None,
         partial=len(counted) < runs,
     )
 
@@ -136,6 +136,10 @@ def _next(output: Any) -> torch.Tensor:
 def _wait(model: Any) -> None:
     if model.device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def _peak_device_bytes() -> int:
+    return sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
 
 
 def _peak_host_bytes() -> int:

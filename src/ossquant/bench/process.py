@@ -6,14 +6,15 @@ from importlib.metadata import version
 from typing import Any
 
 from ossquant.bench.asked import Asked, Measured
+from ossquant.bench.devices import DeviceWatch
 from ossquant.bench.environment import created, environment
+from ossquant.bench.facts import Facts
 from ossquant.bench.measure import Measurement, OnRun, Run, measure
 from ossquant.bench.result import Result, Target
 from ossquant.bench.rig import find_rig
-from ossquant.bench.scenario import Facts, make_scenario
+from ossquant.bench.scenario import make_scenario
 from ossquant.bench.shape import Shape
 from ossquant.bench.trace import Chunk, Trace, Usage
-from ossquant.bench.watch import DeviceWatch
 from ossquant.checkpoint.fingerprint import fingerprint
 from ossquant.checkpoint.reader import open_checkpoint
 

@@ -11,17 +11,20 @@ from typing import Any
 
 from ossquant.bench.asked import Asked, Measured
 from ossquant.bench.client import Client
+from ossquant.bench.devices import DeviceWatch
 from ossquant.bench.endpoint import Endpoint
 from ossquant.bench.environment import created, environment
+from ossquant.bench.facts import Facts
 from ossquant.bench.load import Ask, Session, run_load
 from ossquant.bench.prompts import NONCE_TOKENS, Message, Prompt, make_prompts, read_dataset
+from ossquant.bench.reading import Raw
 from ossquant.bench.result import Result, Scenario, Target
 from ossquant.bench.rig import Rig, find_rig, served_plan
-from ossquant.bench.scenario import Facts, make_scenario
+from ossquant.bench.scenario import make_scenario
 from ossquant.bench.server import Server, Wanted, probe
 from ossquant.bench.shape import Shape
-from ossquant.bench.trace import Raw, Trace, now
-from ossquant.bench.watch import ClientWatch, DeviceWatch
+from ossquant.bench.trace import Trace, now
+from ossquant.bench.watch import ClientWatch
 
 WARM_UP_TOKENS = 16
 TELL_SECONDS = 0.25

@@ -1,50 +1,24 @@
 """Scenario: what the requests of one load shape amount to, and whether that is a result."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+from ossquant.bench.devices import Drawn
+from ossquant.bench.facts import Facts
 from ossquant.bench.result import Metric, Requests, Scenario
 from ossquant.bench.spread import figure, spread
-from ossquant.bench.tokens import Counted, CountTokens, count_tokens, describe_counts
+from ossquant.bench.tokens import Counted, count_tokens, describe_counts
 from ossquant.bench.trace import Trace
-from ossquant.bench.watch import ClientLoad, Drawn
-
-CACHE_BLOCK = 16  # prompts are cached in blocks of so many tokens, in vLLM by default
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known about a load beside its requests. seconds is the wall time from the first send to the last end.
-
-    output_tokens is what every answer was to have; preamble the tokens that all prompts share; slo the limits in
-    seconds by metric; bytes_per_second the devices' bandwidth and bytes_per_token what one stream reads of it.
-    """
-
-    shape: Mapping[str, Any]
-    seconds: float
-    partial: bool = False
-    given_up: bool = False
-    output_tokens: int | None = None
-    preamble: int | None = None
-    slo: Mapping[str, float] = field(default_factory=dict)
-    tokenizer: CountTokens | None = None
-    client: ClientLoad | None = None
-    drawn: Drawn | None = None
-    usd_per_hour: float | None = None
-    roof_tokens_per_second: float | None = None
-    splits: bool = True  # whether channels come apart
-    why: Mapping[str, str] = field(default_factory=dict)  # why a metric cannot be there, where that is known before
+from ossquant.bench.verdict import invalid_reasons, ran_out
 
 
 def make_scenario(name: str, traces: Sequence[Trace], facts: Facts) -> Scenario:
     """Sum up the requests of a load, and judge whether it is a result."""
-    answered = [trace for trace in traces if trace.ok and not _ran_out(trace, facts)]
+    answered = [trace for trace in traces if trace.ok and not ran_out(trace, facts)]
     truncated = [trace for trace in traces if trace.error is None and trace not in answered]
     counted = count_tokens(answered, facts.tokenizer)
     metrics = _metrics(answered, counted, facts) if answered else {}
-    invalid = _invalid(traces, answered, truncated, counted, facts)
+    invalid = invalid_reasons(traces, answered, truncated, counted, facts)
     counts = describe_counts(answered, counted, facts.splits)
     if facts.client:
         counts["client"] = {"lag_p95": facts.client.lag, "cpu_share": facts.client.cpu_share}
@@ -60,44 +34,6 @@ def make_scenario(name: str, traces: Sequence[Trace], facts: Facts) -> Scenario:
         counts=counts | _turns(answered, facts),
         unmeasured=_unmeasured(metrics, counted, facts),
     )
-
-
-def _ran_out(trace: Trace, facts: Facts) -> bool:
-    """Whether the context ended before the answer that was asked for did."""
-    got, asked = trace.usage.completion, facts.output_tokens
-    return trace.finish_reason == "length" and got is not None and asked is not None and got < asked
-
-
-def _invalid(
-    traces: Sequence[Trace], answered: Sequence[Trace], truncated: Sequence[Trace], counted: Counted, facts: Facts
-) -> list[str]:
-    """Why this is no result."""
-    said = []
-    if errors := [trace.error for trace in traces if trace.error is not None]:
-        said.append(f"{len(errors)} of {len(traces)} requests failed: {Counter(errors).most_common(1)[0][0]}")
-    if facts.given_up:
-        said.append("given up, as one request after the other failed")
-    if truncated:
-        said.append(f"{len(truncated)} of {len(traces)} answers were cut short")
-    if not answered:
-        said.append("no request was answered")
-    said += counted.problems
-    if warm := _warm(answered, facts):
-        said.append(warm)
-    if facts.client and facts.client.saturated:
-        said.append(facts.client.saturated)
-    return said
-
-
-def _warm(answered: Sequence[Trace], facts: Facts) -> str | None:
-    """Whether prompts were cached that were to be new: more of them than all prompts share."""
-    if facts.preamble is None:
-        return None
-    spare = facts.preamble + CACHE_BLOCK
-    warm = [trace.usage.cached for trace in answered if trace.turn == 0 and (trace.usage.cached or 0) > spare]
-    if not warm:
-        return None
-    return f"the cache was warm: {warm[0]} tokens of a prompt were cached, of which {facts.preamble} are common to all"
 
 
 def _metrics(answered: Sequence[Trace], counted: Counted, facts: Facts) -> dict[str, Metric]:

@@ -1,12 +1,12 @@
 """Server: what an endpoint turned out to be and to understand; probed before anything is timed."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ossquant.bench.client import Client
+from ossquant.bench.engine import find_engine, served_models
 from ossquant.bench.prompts import Message, filler
 from ossquant.bench.trace import Trace, Usage
 from ossquant.errors import EndpointError, UsageError
@@ -19,8 +19,6 @@ OPTIONAL = (
 SAMPLE_WORDS = 200
 NO_VISIBLE = 64  # tokens to the end of a short answer, hidden ones included
 _REFUSALS = (400, 422)
-_OWNERS = {"vllm": "vllm", "llamacpp": "llama.cpp", "library": "ollama", "sglang": "sglang"}
-_PATHS = {"/load_model": "transformers", "/get_server_info": "sglang", "/tokenizer_info": "vllm"}
 
 
 @dataclass(frozen=True)
@@ -82,9 +80,9 @@ def request_body(model: str, messages: Sequence[Message], wanted: Wanted, accept
 
 async def probe(client: Client, wanted: Wanted) -> Server:
     """Ask the server what it is, then two questions. Raises EndpointError; UsageError where a model is to be named."""
-    listed = await _models(client, named=wanted.model is not None)
+    listed = await served_models(client, named=wanted.model is not None)
     model = wanted.model or _only(listed)
-    engine, details = await _engine(client, listed)
+    engine, details = await find_engine(client, listed)
     accepted = [name for name in OPTIONAL if _is_wanted(name, wanted, engine)]
     short = replace(wanted, output_tokens=NO_VISIBLE)
     first, accepted, refused = await _negotiate(client, model, listed, short, accepted)
@@ -148,70 +146,11 @@ def _failed(client: Client, model: str, listed: Iterable[str], trace: Trace) -> 
     return EndpointError(f"{base} answers with {trace.error}", hint="what does its log say?")
 
 
-async def _models(client: Client, *, named: bool) -> dict[str, str]:
-    """The models that are served, with who owns them; empty if the server keeps no list."""
-    base = client.endpoint.base
-    status, headers, page = await client.get(f"{base}/models")
-    if status in (401, 403):
-        raise EndpointError(f"{base} refuses the key: HTTP {status}", hint="--api-key-env NAME gives it one")
-    if status >= 500 and not named:  # transformers serve fails to list models where none was ever downloaded
-        raise EndpointError(f"{base} lists no models: HTTP {status}", hint="is it ready? else say --model")
-    if "html" in headers.get("Content-Type", "") or page.lstrip()[:1] == b"<":
-        raise EndpointError(f"{base} answers with a page of HTML", hint="the URL is another server's")
-    body = _json(page) if status == 200 else None
-    rows = body.get("data") if isinstance(body, dict) else None
-    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    return {row["id"]: str(row.get("owned_by", "")) for row in rows if isinstance(row.get("id"), str)}
-
-
 def _only(listed: Mapping[str, str]) -> str:
     if len(listed) == 1:
         return next(iter(listed))
     served = f"it serves {', '.join(list(listed)[:5])}" if listed else "it lists none"
     raise UsageError("which model is to be measured is not clear", hint=f"say --model; {served}")
-
-
-async def _engine(client: Client, listed: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
-    """The server's kind, and what it tells of itself; 'unknown' if it does not."""
-    root = client.endpoint.root
-    for owner in listed.values():
-        if owner in _OWNERS:
-            return _OWNERS[owner], await _details(client, _OWNERS[owner])
-    status, _, page = await client.get(f"{root}/openapi.json")
-    body = _json(page) if status == 200 else None
-    paths = body.get("paths") if isinstance(body, dict) else None
-    for path, engine in _PATHS.items():
-        if isinstance(paths, dict) and path in paths:
-            return engine, await _details(client, engine)
-    return "unknown", {}
-
-
-# where an engine tells its version and flags, and which of them are kept
-_DETAILS = {
-    "vllm": ("/version", ("version",)),
-    "ollama": ("/api/version", ("version",)),
-    "llama.cpp": ("/props", ("build_info", "total_slots", "model_alias", "n_ctx")),
-}
-
-
-async def _details(client: Client, engine: str) -> dict[str, Any]:
-    if engine not in _DETAILS:
-        return {}
-    path, keys = _DETAILS[engine]
-    status, _, page = await client.get(f"{client.endpoint.root}{path}")
-    body = _json(page) if status == 200 else None
-    if not isinstance(body, dict):
-        return {}
-    settings = body.get("default_generation_settings")
-    body = {**settings, **body} if isinstance(settings, dict) else body
-    return {key: body[key] for key in keys if isinstance(body.get(key), str | int)}
-
-
-def _json(page: bytes) -> Any:
-    try:
-        return json.loads(page)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _splits(trace: Trace) -> bool:
