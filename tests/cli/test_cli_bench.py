@@ -329,11 +329,16 @@ def test_selftest_prints_measured_beside_true(capsys: pytest.CaptureFixture[str]
     print_checks([
         Check("reasoning", 1, "ttft", "s", 0.2014, 0.2005, 0.2),
         Check("reasoning", 16, "ttft", "s", 0.25, 0.2005, 0.2),
+        Check("stall", 1, "requests_per_second", "1/s", 1.26, 1.26, None),
     ])  # fmt: skip
     printed = capsys.readouterr().out
-    assert printed.splitlines()[-2:] == [
-        "reasoning: measured / true         1 stream         16 streams",
-        "TTFT                       201.4 / 200.5 ms 250.0 / 200.5 ms !",
+    assert printed.splitlines() == [
+        "reasoning: measured / true",
+        "              1 stream          16 streams",
+        "TTFT  201.4 / 200.5 ms  250.0 / 200.5 ms !",
+        "stall: measured / true",
+        "               1 stream  16 streams",
+        "requests/s  1.26 / 1.26",
     ]
 
 

@@ -76,18 +76,18 @@ def print_checks(checks: "Sequence[Check]") -> None:
     from ossquant.cli import render
 
     streams = list(dict.fromkeys(check.streams for check in checks))
+    columns = ("", *(f"{number} stream{'s' * (number > 1)}" for number in streams))
     for case in dict.fromkeys(check.case for check in checks):
-        found = {(check.metric, check.streams): check for check in checks if check.case == case}
+        found = {(check.metric, check.streams): _beside(check) for check in checks if check.case == case}
         rows = [
-            (_NAMES[metric], *(_beside(found[metric, number]) for number in streams))
+            (_NAMES[metric], *(found.get((metric, number), "") for number in streams))
             for metric in dict.fromkeys(metric for metric, _ in found)
         ]
-        columns = (f"{case}: measured / true", *(f"{number} stream{'s' * (number > 1)}" for number in streams))
-        render.print_table("", columns, rows, dense=True)
+        render.print_table(f"{case}: measured / true", columns, rows)
 
 
 def _beside(check: "Check") -> str:
-    scale, digits = (1000, 1) if check.unit == "s" else (1, 2)
-    unit = " ms" if check.unit == "s" else ""
+    scale, unit = (1000, " ms") if check.unit == "s" else (1, "")
+    digits = 1 if unit or check.true >= 100 else 2
     mark = "" if check.right else " !"
     return f"{check.measured * scale:.{digits}f} / {check.true * scale:.{digits}f}{unit}{mark}"
