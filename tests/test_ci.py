@@ -135,7 +135,7 @@ def test_the_script_leaves_no_server(workspace: tuple[Path, dict[str, str]]) -> 
     """On stdout is one result; its server is gone, so that the next run has the port; it does not measure another's."""
     folder, env = workspace
     script = str(folder / "base/ci/bench.sh")
-    done = subprocess.run([script], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run([script], env=env, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode in (0, 5), done.stderr  # 5: this machine was too busy for the run to count
     assert json.loads(done.stdout)["target"]["model"] == "reasoning"
     with socket.socket() as other:
@@ -144,7 +144,7 @@ def test_the_script_leaves_no_server(workspace: tuple[Path, dict[str, str]]) -> 
     with subprocess.Popen([*shlex.split(env["SERVER"])], stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout
         assert server.stdout.readline().startswith("http://")
-        again = subprocess.run([script], env=env, capture_output=True, text=True, check=False)
+        again = subprocess.run([script], env=env, capture_output=True, text=True, check=False, timeout=120)
         server.terminate()
     assert (again.returncode, again.stdout) == (6, "")
     assert again.stderr.startswith("another server answers at")

@@ -31,10 +31,11 @@ def test_percent(ratio: float | None, said: str) -> None:
 @pytest.mark.parametrize(
     ("value", "se", "unit", "said"),
     [(0.0031, 0.00018, "nat", "0.00310 ± 0.00018"), (98.14, 0.21, "%", "98.14 ± 0.21 %"), (5.0, None, "nat", "5"),
-     (1e-7, 2e-9, "nat", "1.00e-07 ± 2e-09"), (120.0, 30.0, "1", "120 ± 30")],
+     (1e-7, 2e-9, "nat", "1.00e-07 ± 2e-09"), (120.0, 30.0, "1", "120 ± 30"), (0.0041, 0.3, "nat", "0.0041 ± 0.3000"),
+     (0.0, 0.3, "nat", "0.00 ± 0.30")],
 )  # fmt: skip
 def test_with_error(value: float, se: float | None, unit: str, said: str) -> None:
-    """An error gets two digits, and the value as many places."""
+    """The smaller of value and error gets two digits, and the other as many places."""
     assert with_error(value, se, unit) == said
 
 

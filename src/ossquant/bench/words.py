@@ -29,10 +29,10 @@ def with_unit(value: float | None, unit: str) -> str:
 
 
 def with_error(value: float, se: float | None, unit: str) -> str:
-    """Say a value and its standard error, which gets two digits: 0.0031 ± 0.0002."""
+    """Say a value and its standard error, with two digits of the smaller one: 0.0031 ± 0.0002."""
     if not se:
         return figure(value, unit)
-    places = 1 - math.floor(math.log10(se))
+    places = 1 - math.floor(math.log10(min(se, abs(value) or se)))
     if places > MOST_PLACES:
         return f"{value:.2e} ± {se:.0e}"
     return f"{value:.{max(0, places)}f} ± {se:.{max(0, places)}f}{' %' if unit == '%' else ''}"

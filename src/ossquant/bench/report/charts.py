@@ -122,7 +122,7 @@ def pareto(points: Sequence[Point], x_label: str, higher_is_better: bool, say: S
     """KLD upwards, logarithmic, over a cost or a rate; the points that none beats in both are joined."""
     width, height, left, right, bottom = 560, 340, 66, 150, 46
     x = around([point.x for point in points], left, width - right, 0.12)
-    y = decades([point.y for point in points], height - bottom, 14)
+    y = decades([y for point in points for y in (point.y, point.y + 2 * (point.se or 0.0))], height - bottom, 14)
     front = pareto_front(points, "higher" if higher_is_better else "lower")
     path = " ".join(f"{x(point.x)},{y(point.y)}" for point in front)
     grid = [*_x_axis(x, 14, height - bottom, say, most=4), *_y_axis(y, left, width - right, lambda tick: f"{tick:g}")]
