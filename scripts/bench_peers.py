@@ -4,9 +4,10 @@
     scripts/bench_peers.py                   needs PyPI and 1.2 GB for AIPerf's environment; some minutes
     scripts/bench_peers.py --venv FOLDER     keeps that environment, or uses it again
 
-Each figure is the median over requests, of the round that is the median of its rounds by TTFT's error; beside it stands
-what the server did in the same requests, by its own clock. CPU s is what the client took of the processor, start
-included.
+Each figure is the median over requests, of the round that is the median of its rounds by TTFT's error; beside it, how
+far it is from what the server did in the same requests, by the server's clock. That begins when the server's program
+has read a request: what waited in a socket before, as when a client sends all at once, is part of the error. CPU s is
+what the client took of the processor, its start included.
 """
 
 import argparse
@@ -29,7 +30,8 @@ from ossquant.bench.truth import CASES, Served
 AIPERF = "0.13.0"
 TINY = Path(__file__).parent.parent / "tests/data/tiny"  # for AIPerf's tokenizer, which makes its prompts
 TOKENS = 60
-METRICS = ("ttft", "ttfa", "tpot", "e2e", "output_tokens_per_second")
+METRICS = {"ttft": "TTFT ms", "ttfa": "TTFA ms", "tpot": "TPOT ms", "e2e": "E2E ms",
+           "output_tokens_per_second": "out tokens/s"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,15 +107,18 @@ def install(venv: Path) -> None:
 
 
 def print_turns(turns: Sequence[Turn]) -> None:
-    """Print a row a client, case and number of streams: measured/true, and the error of each."""
-    print(f"{'':20} {'streams':>7} {'client':9}" + "".join(f"{name[:16]:>24}" for name in METRICS) + f"{'CPU s':>8}")
-    for turn in turns:
-        cells = []
-        for name in METRICS:
-            scale = 1 if name == "output_tokens_per_second" else 1000
-            cells.append(f"{turn.figures[name] * scale:.1f}/{turn.true[name] * scale:.1f} {turn.error(name):+.1%}")
-        row = "".join(f"{cell:>24}" for cell in cells)
-        print(f"{turn.case:20} {turn.streams:7} {turn.client:9}{row}{turn.cpu:8.1f}")
+    """Print a table a case, a row a client and number of streams: each figure, and how far it is off."""
+    for case in dict.fromkeys(turn.case for turn in turns):
+        print(f"{case}: median, off by")
+        print(f"{'streams':>7} {'':8}" + "".join(f"{name:>15}" for name in METRICS.values()) + f"{'CPU s':>7}")
+        for turn in (turn for turn in turns if turn.case == case):
+            cells = [f"{turn.figures[name] * _scale(name):.1f} {turn.error(name):+5.1%}" for name in METRICS]
+            row = "".join(f"{cell:>15}" for cell in cells)
+            print(f"{turn.streams:7} {turn.client:8}{row}{turn.cpu:7.1f}")
+
+
+def _scale(name: str) -> int:
+    return 1 if name == "output_tokens_per_second" else 1000
 
 
 def main() -> None:

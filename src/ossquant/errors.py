@@ -19,15 +19,15 @@ class OssquantError(Exception):
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
-        self.message = _plain(message)
-        self.hint = _plain(hint)
+        self.message = plain(message)
+        self.hint = plain(hint)
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
 
 
-def _plain(text: str) -> str:
-    """Names in a hostile file neither fill the screen nor steer the terminal."""
+def plain(text: str) -> str:
+    """Make text of a hostile file or server safe to print: it neither fills the screen nor steers the terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:MAX_LENGTH])
 
 

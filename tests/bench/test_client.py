@@ -101,6 +101,18 @@ def test_answers_that_are_no_streams(page: str, kind: str, status: int, said: st
         assert asked(url).error == said
 
 
+def test_what_a_server_says_steers_no_terminal() -> None:
+    """Control characters of an error are spelled out, and a long one is cut."""
+
+    async def answer(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        return web.json_response({"error": {"message": "\x1b[2Jgone" + "x" * 10_000}}, status=500)
+
+    with serving(answer) as url:
+        error = asked(url).error or ""
+    assert error.startswith("HTTP 500: \\x1b[2Jgone")
+    assert len(error) < 300
+
+
 def test_an_empty_stream() -> None:
     """A stream without an event is a failure."""
 

@@ -115,11 +115,11 @@ def test_hidden_tokens_are_counted() -> None:
 
 
 def test_one_odd_answer_among_many_is_none() -> None:
-    """One answer in twenty may count otherwise, as one in a channel that is not shown does; two may not."""
+    """Two answers in twenty may count otherwise, as those in a channel that is not shown do; three may not."""
     odd, tokenizer = Usage(100, 90), lambda text: len(text.split())
-    traces = [request(index, usage=odd if index < 1 else USAGE) for index in range(20)]
+    traces = [request(index, usage=odd if index < 2 else USAGE) for index in range(20)]
     assert scenario(traces, tokenizer=tokenizer).valid
-    assert not scenario([*traces[1:], *traces[:1] * 2], tokenizer=tokenizer).valid
+    assert not scenario([*traces[1:], *traces[:2]], tokenizer=tokenizer).valid
 
 
 def test_a_tokenizer_counts_where_the_server_does_not() -> None:

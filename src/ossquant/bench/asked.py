@@ -36,10 +36,15 @@ class Asked:
     format: str | None = None
 
     def __post_init__(self) -> None:
-        least = {"requests": 1, "prompt_tokens": 1, "output_tokens": 2, "warm_up": 0}
-        for name, low in least.items():
-            if (value := getattr(self, name)) is not None and value < low:
-                raise UsageError(f"--{name.replace('_', '-')} must be at least {low}")
+        least = {
+            "--requests": (self.requests, 1),
+            "--prompt-tokens": (self.prompt_tokens, 1),
+            "--new-tokens": (self.output_tokens, 2),
+            "--warm-up": (self.warm_up, 0),
+        }
+        for option, (value, low) in least.items():
+            if value is not None and value < low:
+                raise UsageError(f"{option} must be at least {low}")
         if self.timeout <= 0 or self.seconds <= 0:
             raise UsageError("--timeout and --seconds must be above 0")
 

@@ -154,6 +154,6 @@ def _said(page: bytes, kind: str) -> str:
     if "html" in kind or page.lstrip()[:1] == b"<":
         return "a page of HTML"
     try:
-        return error_text(json.loads(page))[:300]
+        return error_text(json.loads(page))
     except (ValueError, RecursionError):
-        return page[:200].decode("utf-8", "replace").strip() or "no reason given"
+        return error_text(page.decode("utf-8", "replace").strip()) or "no reason given"

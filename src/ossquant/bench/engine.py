@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ossquant.bench.client import Client
-from ossquant.errors import EndpointError
+from ossquant.errors import EndpointError, plain
 
 _OWNERS = {"vllm": "vllm", "llamacpp": "llama.cpp", "library": "ollama", "sglang": "sglang"}
 _PATHS = {"/load_model": "transformers", "/get_server_info": "sglang", "/tokenizer_info": "vllm"}
@@ -24,7 +24,8 @@ async def served_models(client: Client, *, named: bool) -> dict[str, str]:
     body = _json(page) if status == 200 else None
     rows = body.get("data") if isinstance(body, dict) else None
     rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    return {row["id"]: str(row.get("owned_by", "")) for row in rows if isinstance(row.get("id"), str)}
+    sound = [row for row in rows if isinstance(row.get("id"), str) and row["id"] == plain(row["id"])]
+    return {row["id"]: str(row.get("owned_by", "")) for row in sound}
 
 
 async def find_engine(client: Client, listed: Mapping[str, str]) -> tuple[str, dict[str, Any]]:

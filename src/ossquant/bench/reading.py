@@ -7,6 +7,9 @@ from typing import Any
 
 from ossquant.bench.sse import Piece, events
 from ossquant.bench.trace import Chunk, Trace, Usage
+from ossquant.errors import plain
+
+MAX_SENTENCE = 200  # characters that are repeated of what a server says
 
 # vLLM and Ollama stream `reasoning`; llama.cpp, SGLang and transformers serve `reasoning_content`
 REASONING_FIELDS = ("reasoning_content", "reasoning")
@@ -97,11 +100,11 @@ class _Reading:
 
 
 def error_text(body: Any) -> str:
-    """Find the sentence in a server's error, whichever of the usual shapes it has."""
+    """Find the sentence in a server's error, whichever of the usual shapes it has, safe to print."""
     for key in ("error", "message", "detail"):
         if isinstance(body, dict) and key in body:
             return error_text(body[key])
-    return body if isinstance(body, str) else json.dumps(body)[:200]
+    return plain(body if isinstance(body, str) else json.dumps(body))[:MAX_SENTENCE]
 
 
 def _so_far(body: dict[str, Any]) -> int | None:

@@ -13,7 +13,7 @@ from ossquant.errors import MissingExtraError, UsageError
 CountTokens = Callable[[str], int]
 HIDDEN_SHARE = 0.10
 # share of answers that may be odd: a model may write in a channel that is not shown, a server stand still at the end
-ODD_ANSWERS = 0.05
+ODD_ANSWERS = 0.10
 
 
 @dataclass(frozen=True)
