@@ -298,6 +298,7 @@ def test_a_checkpoint_gives_the_same_kind_of_result(quantized: dict[str, Path], 
     assert 0 < scenario.metrics["roofline_share"].value < 1
     assert scenario.metrics["tpot"].count == 2
     assert len(result.environment["checkpoint_sha256"]) == 64
+    assert {"mxfp4", "nf4"} <= set(result.environment["model"]["bytes_by_format"])
     assert "power_watts" not in scenario.metrics
     assert scenario.unmeasured["power_watts"] == "the model runs on the host"
     assert len((tmp_path / "requests.jsonl").read_text().splitlines()) == 2

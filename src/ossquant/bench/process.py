@@ -56,7 +56,12 @@ def measure_checkpoint(checkpoint: str, model: Any, placed: Mapping[str, Any], a
         ossquant=version("ossquant"),
         partial=measured.partial,
         target=Target("checkpoint", checkpoint, str(model.config.model_type), ENGINE),
-        environment=environment() | {"checkpoint_sha256": sha256, "device": measured.device, "model": dict(placed)},
+        environment=environment()
+        | {
+            "checkpoint_sha256": sha256,
+            "device": measured.device,
+            "model": {**placed, "bytes_by_format": _bytes_by_format(model)},
+        },
         settings=_settings(asked, measured) | {"rig": dict(rig.described)},
         scenarios=(replace(scenario, counts=counts),),
     )
@@ -68,6 +73,14 @@ def _trace(index: int, run: Run, measured: Measurement) -> Trace:
     chunks = tuple(Chunk(at, "other", "", place + 1) for place, at in enumerate(run.tokens_at))
     usage = Usage(prompt=measured.prompt_tokens, completion=measured.new_tokens)
     return Trace(index, run.started, run.started, run.tokens_at[-1], chunks, usage, finish_reason="length")
+
+
+def _bytes_by_format(model: Any) -> dict[str, int]:
+    """Stored bytes by format, such as mxfp4 and bf16; empty if the model was not planned."""
+    plan, nbytes = _plan(model), dict[str, int]()
+    for role in [] if isinstance(plan, str) else plan.by_role():
+        nbytes[role.scheme.format] = nbytes.get(role.scheme.format, 0) + role.nbytes
+    return nbytes
 
 
 def _plan(model: Any) -> Any:

@@ -125,8 +125,15 @@ def true_metrics(served: Sequence[Served]) -> dict[str, float]:
         "tokens_per_second_per_user": 1 / tpot,
         "requests_per_second": len(served) / wall,
         "output_tokens_per_second": output / wall,
-        **({"input_tokens_per_second": PROMPT_TOKENS * len(served) / wall} if CASES[served[0].model].usage else {}),
+        **(_with_usage(served, wall) if CASES[served[0].model].usage else {}),
     }
+
+
+def _with_usage(served: Sequence[Served], wall: float) -> dict[str, float]:
+    """What is known of prompts, where the server counts them."""
+    tokens = PROMPT_TOKENS * len(served)
+    output = sum(each.tokens for each in served)
+    return {"input_tokens_per_second": tokens / wall, "total_tokens_per_second": (tokens + output) / wall}
 
 
 def _nominal(name: str) -> dict[str, float]:
