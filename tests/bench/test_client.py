@@ -4,7 +4,7 @@ import asyncio
 import socket
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -31,8 +31,11 @@ def asked(url: str, timeout: float = 10, times: int = 1) -> Trace:
 
 
 @contextmanager
-def raw_server(answers: Sequence[bytes]) -> Iterator[str]:
-    """A server that reads what comes, says some bytes and closes, one connection after the other."""
+def raw_server(answers: Sequence[bytes], lingering: bool = False) -> Iterator[str]:
+    """A server that reads what comes, says some bytes and closes, one connection after the other.
+
+    A lingering one closes only when the next request has come.
+    """
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.settimeout(1)
 
@@ -45,6 +48,10 @@ def raw_server(answers: Sequence[bytes]) -> Iterator[str]:
                 with connection:
                     connection.recv(65536)
                     connection.sendall(answer)
+                    if lingering:
+                        connection.settimeout(1)
+                        with suppress(TimeoutError):
+                            connection.recv(65536)
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
@@ -147,6 +154,8 @@ def test_a_connection_that_breaks() -> None:
 def test_a_kept_connection_that_was_closed() -> None:
     """A server that closes connections it said it would keep, as llama.cpp does, loses no request."""
     end = chunked(b'data: {"choices": [{"delta": {"content": "a"}, "finish_reason": "stop"}]}\n\n') + b"0\r\n\r\n"
+    with raw_server([HEAD + end] * 2, lingering=True) as url:
+        assert asked(url, times=2).ok
     with raw_server([HEAD + end] * 8) as url:
         assert asked(url, times=5).ok
 
