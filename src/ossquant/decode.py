@@ -71,6 +71,18 @@ def decode_rate(plan: Plan, engine: str, workload: Workload, device: Device, ten
     return DecodeRate(low, high)
 
 
+def bytes_per_token(plan: Plan) -> float:
+    """Bytes of weights that one sequence reads for each token; its cache comes on top."""
+    return sum(plan.role_nbytes[role] for role in _DENSE) + _expert_bytes(plan, 1.0)
+
+
+def _expert_bytes(plan: Plan, draws: float) -> float:
+    """Bytes of the experts that so many independent tokens choose."""
+    spec = plan.spec
+    chosen = 1 - (1 - spec.num_experts_per_tok / spec.num_local_experts) ** draws
+    return float(chosen * sum(plan.role_nbytes[role] for role in _EXPERTS))
+
+
 @dataclass(frozen=True)
 class _Edge:
     """One end of the range: tokens in each context, how far sequences choose experts of their own, host bytes and
@@ -90,9 +102,7 @@ def _step_seconds(
 ) -> float:
     """Seconds of one step of all sequences."""
     spec = plan.spec
-    draws = max(1.0, workload.sequences * edge.independence)
-    chosen = 1 - (1 - spec.num_experts_per_tok / spec.num_local_experts) ** draws
-    experts = chosen * sum(plan.role_nbytes[role] for role in _EXPERTS)
+    experts = _expert_bytes(plan, max(1.0, workload.sequences * edge.independence))
     dense = sum(plan.role_nbytes[role] for role in _DENSE) + _cache_bytes(plan, workload, edge.depth)
     layers_on_host = workload.n_cpu_layers / spec.num_hidden_layers
     experts_on_host = max(layers_on_host, workload.n_cpu_moe / spec.num_hidden_layers)

@@ -1,4 +1,5 @@
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,21 @@ def test_impossible_lengths_are_refused(wrong: tuple[int, int, int], quantized: 
     prompt_tokens, new_tokens, runs = wrong
     with pytest.raises(UsageError):
         measure(model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, runs=runs)
+
+
+def test_an_interruption_keeps_the_runs_that_are_done(quantized: dict[str, Path]) -> None:
+    """Ctrl-C after two of five runs: two are kept and the measurement is partial; before the first nothing is."""
+    model, _ = load_model(quantized["hybrid"])
+
+    def interrupt(after: int) -> Callable[[int, int], None]:
+        def on_run(done: int, total: int) -> None:
+            if done == after:
+                raise KeyboardInterrupt
+
+        return on_run
+
+    result = measure(model, prompt_tokens=8, new_tokens=2, runs=5, on_run=interrupt(2))
+    assert len(result.runs) == 2
+    assert result.partial
+    with pytest.raises(KeyboardInterrupt):
+        measure(model, prompt_tokens=8, new_tokens=2, runs=5, on_run=interrupt(0))

@@ -28,17 +28,6 @@ def test_run_quantizes_the_published_checkpoint_on_load(trained: Path) -> None:
     assert answer["parameters_4bit"] > 0.8 * answer["parameters"]
 
 
-def test_bench_prints_one_object(quantized: dict[str, Path]) -> None:
-    """`bench --json` prints rates, TTFT and peak memory as one JSON object."""
-    arguments = ("--prompt-tokens", "16", "--new-tokens", "4", "--runs", "1", "--json")
-    result = run_cli("bench", quantized["hybrid"], *arguments)
-    measured = json.loads(result.stdout)
-    assert result.returncode == 0, result.stderr
-    assert measured["decode_tokens_per_second"] > 0
-    assert measured["prefill_tokens_per_second"] > 0
-    assert measured["peak_host_bytes"] > 10**8
-
-
 def test_run_errors_are_sentences(tmp_path: Path, quantized: dict[str, Path]) -> None:
     """A wrong path or dtype ends with one sentence and the right exit code."""
     nowhere = run_cli("run", tmp_path / "nowhere", "Hi")

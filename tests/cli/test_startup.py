@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import export_ollama, run_cli
+from made_documents import loaded_result
 
 RUNTIME = {"torch", "transformers", "bitsandbytes", "accelerate"}
 CODEC = {"numpy", "numba", "rich", "safetensors", "huggingface_hub"}
@@ -90,7 +91,8 @@ def test_fit_is_fast() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["fit", "quantize", "verify", "serve-command", "merge", "run", "chat", "warmup", "bench", ""]
+    "command",
+    ["fit", "quantize", "export", "verify", "serve-command", "merge", "run", "chat", "warmup", "bench", "eval", ""],
 )
 def test_help_is_cold(command: str) -> None:
     """Help loads neither the runtime nor numpy, numba or rich."""
@@ -105,6 +107,15 @@ def test_help_is_cold(command: str) -> None:
 def test_fit_is_cold(options: list[str]) -> None:
     """`fit` draws a table, and loads no more than that takes: no runtime, no codec, nothing of a network."""
     assert not modules("fit", *options) & (RUNTIME | NETWORK | CODEC - {"rich"})
+
+
+def test_compare_and_report_are_cold(tmp_path: Path) -> None:
+    """Two results are compared and reported on without numpy, torch or a network."""
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(loaded_result().to_json()))
+    (tmp_path / "g.toml").write_text("[ttft]\nmax = 1\n")
+    for command in (["compare", path, path, "--gate", tmp_path / "g.toml"], ["report", path, "--html", tmp_path / "p"]):
+        assert not modules(*command) & (RUNTIME | NETWORK | CODEC - {"rich"} | {"scipy"})
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,39 @@ import sys
 
 import typer
 
-from ossquant.cli import bench, chat, export, fit, merge, quantize, run, serve_command, verify, warmup
-from ossquant.errors import CheckpointError, DoesNotFitError, OssquantError, UsageError
+from ossquant.cli import (
+    bench,
+    chat,
+    compare,
+    evaluate,
+    export,
+    fit,
+    merge,
+    quantize,
+    report,
+    run,
+    serve_command,
+    verify,
+    warmup,
+)
+from ossquant.errors import (
+    CheckpointError,
+    CommandError,
+    DoesNotFitError,
+    EndpointError,
+    InvalidRunError,
+    OssquantError,
+    UsageError,
+)
 
-EXIT_CODES: dict[type[OssquantError], int] = {UsageError: 2, CheckpointError: 3, DoesNotFitError: 4}
+EXIT_CODES: dict[type[OssquantError], int] = {
+    UsageError: 2,
+    CheckpointError: 3,
+    DoesNotFitError: 4,
+    InvalidRunError: 5,
+    EndpointError: 6,
+    CommandError: 6,
+}
 
 app = typer.Typer(
     name="ossquant",
@@ -28,6 +57,9 @@ app.command("run")(run.run)
 app.command("chat")(chat.chat)
 app.command("warmup")(warmup.warmup)
 app.command("bench")(bench.bench)
+app.command("compare")(compare.compare)
+app.command("report")(report.report)
+app.command("eval")(evaluate.evaluate)
 
 
 def _version(wanted: bool) -> None:

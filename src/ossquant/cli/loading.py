@@ -24,14 +24,14 @@ class Loaded:
 
 def load(checkpoint: str, *, max_memory: str | None, warmup: bool = False, **options: Any) -> Loaded:
     """Load with load_model's options, and warm up if asked to."""
-    caps = _caps(max_memory)
+    limits = caps(max_memory)
     from ossquant.cli import render
     from ossquant.runtime.load import load_model, placement
     from ossquant.runtime.warmup import warm_up
 
     started = time.perf_counter()
     model, tokenizer = load_model(
-        checkpoint, max_memory=caps, announce=render.note, progress=sys.stderr.isatty(), **options
+        checkpoint, max_memory=limits, announce=render.note, progress=sys.stderr.isatty(), **options
     )
     loaded = time.perf_counter() - started
     placed = placement(model)
@@ -42,7 +42,7 @@ def load(checkpoint: str, *, max_memory: str | None, warmup: bool = False, **opt
     return Loaded(model, tokenizer, placed, loaded, warm)
 
 
-def _caps(max_memory: str | None) -> dict[int | str, int | str] | None:
+def caps(max_memory: str | None) -> dict[int | str, int | str] | None:
     """Read 0=20GiB,cpu=60GiB. Raises UsageError."""
     if max_memory is None:
         return None

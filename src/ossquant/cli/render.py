@@ -1,7 +1,7 @@
 """How things look in a terminal; the one module that knows rich."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +9,10 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -46,7 +48,10 @@ def note(text: str) -> None:
     err.print(text, soft_wrap=True)
 
 
-VERDICT_STYLES = {"fits": "green", "tight": "yellow", "offload": "cyan", "no": "red"}
+VERDICT_STYLES = {
+    "fits": "green", "tight": "yellow", "offload": "cyan", "no": "red",
+    "ok": "green", "regressed": "red", "failed": "red", "inconclusive": "yellow",
+}  # fmt: skip
 
 
 def print_table(
@@ -127,3 +132,45 @@ def byte_progress(what: str) -> Iterator["ProgressCallback"]:
     with bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def steps() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Bars on stderr, one at a time: called with what begins, it gives what to call with done and total."""
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                   console=err, transient=True, disable=not err.is_terminal)  # fmt: skip
+
+    def begin(what: str) -> Callable[[int, int], None]:
+        for task in bar.task_ids:
+            bar.remove_task(task)
+        task = bar.add_task(what, total=None)
+        return lambda done, total: bar.update(task, completed=done, total=total)
+
+    with bar:
+        yield begin
+
+
+@contextmanager
+def load_progress() -> Iterator[Callable[[str, int, int, int, int, int], None]]:
+    """One line on stderr for the load of a scenario: requests done, in flight, failed, chunks a second."""
+    line = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.fields[said]}"), console=err, transient=True, disable=not err.is_terminal,
+        auto_refresh=False,  # a thread of its own would hold up the streams' clock
+    )  # fmt: skip
+    last = ("", 0.0, 0)
+
+    def tell(name: str, done: int, total: int, in_flight: int, failed: int, pieces: int) -> None:
+        nonlocal last
+        now = line.get_time()
+        rate = (pieces - last[2]) / (now - last[1]) if last[0] == name and now > last[1] else 0.0
+        last = (name, now, pieces)
+        said = f"{in_flight} in flight, {rate:.0f} chunks/s" + (f", {failed} failed" if failed else "")
+        if name not in [task.description for task in line.tasks]:
+            for task in line.task_ids:
+                line.remove_task(task)
+            line.add_task(name, total=total, said=said)
+        line.update(line.task_ids[0], completed=done, total=total, said=said, refresh=True)
+
+    with line:
+        yield tell

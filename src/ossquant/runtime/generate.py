@@ -94,7 +94,7 @@ def generate(
     if cache not in get_args(Cache):
         raise UsageError(f"cache '{cache}'", hint=f"one of {', '.join(get_args(Cache))}")
     started = time.monotonic()
-    prompt = _prompt(tokenizer, messages, reasoning_effort).to(model.device)
+    prompt = encode(tokenizer, messages, reasoning_effort, answer=True).to(model.device)
     room = _room(model, prompt.shape[1])
     stream = _TokenStream(HarmonyParser(tokenizer, on_text))
     stops = stop_tokens(model, tokenizer)
@@ -113,7 +113,7 @@ def generate(
 
     try:
         continue_prompt(model, prompt, max_new_tokens=min(max_new_tokens, room), cache=cache, streamer=stream,
-                        eos_token_id=stops, **_sampling(model, temperature))  # fmt: skip
+                        eos_token_id=stops, **sampling(model, temperature))  # fmt: skip
     except KeyboardInterrupt:
         raise Interrupted(reply("interrupted")) from None
     return reply("stop" if stream.token_ids[-1] in stops else "length")
@@ -143,8 +143,11 @@ def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted(own.union(stated if isinstance(stated, list) else [] if stated is None else [stated]))
 
 
-def _sampling(model: Any, temperature: float) -> dict[str, Any]:
-    """gpt-oss is sampled over all tokens; transformers would keep 50 where the checkpoint says nothing."""
+def sampling(model: Any, temperature: float) -> dict[str, Any]:
+    """The options of continue_prompt for a temperature.
+
+    gpt-oss is sampled over all tokens; transformers would keep 50 where the checkpoint says nothing.
+    """
     if not temperature:
         return {"do_sample": False}
     return {"do_sample": True, "temperature": temperature, "top_k": model.generation_config.top_k or 0}
@@ -160,14 +163,18 @@ def _room(model: Any, prompt_tokens: int) -> int:
     return longest - prompt_tokens
 
 
-def _prompt(tokenizer: Any, messages: Sequence[dict[str, str]], reasoning_effort: str) -> torch.Tensor:
+def encode(tokenizer: Any, messages: Sequence[dict[str, str]], reasoning_effort: str, *, answer: bool) -> torch.Tensor:
+    """Write a conversation as the checkpoint's template has it: (1, tokens); answer: begin one at its end.
+
+    Raises UsageError, CheckpointError.
+    """
     if reasoning_effort not in REASONING_EFFORTS:
         raise UsageError(f"reasoning effort '{reasoning_effort}'", hint=f"one of {', '.join(REASONING_EFFORTS)}")
     if not tokenizer.chat_template:
         raise CheckpointError("the checkpoint has no chat template", hint="copy gpt-oss' chat_template.jinja there")
     try:
         encoded = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, reasoning_effort=reasoning_effort,
+            list(messages), add_generation_prompt=answer, reasoning_effort=reasoning_effort,
             return_tensors="pt", return_dict=True,
         )  # fmt: skip
     except TemplateError as error:

@@ -102,7 +102,7 @@ def load_model(
         started = time.monotonic()
         model = _load(checkpoint, plan, devices, computed, attention.implementation, progress)
         seconds = time.monotonic() - started
-        tokenizer = _tokenizer(checkpoint.folder)
+        tokenizer = load_tokenizer(checkpoint.folder)
         say(f"loaded in {seconds:.1f} s; peak host memory {size(_peak_host_memory())}, mapped files included")
     return model, tokenizer
 
@@ -213,7 +213,8 @@ def _check_ours(checkpoint: Checkpoint) -> None:
         )
 
 
-def _tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """Load a checkpoint's tokenizer. Raises CheckpointError."""
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

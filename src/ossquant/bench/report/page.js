@@ -1,0 +1,10 @@
+"use strict";
+const root = document.documentElement;
+const button = document.getElementById("theme");
+const prefersDark = window.matchMedia("(prefers-color-scheme: dark)");
+const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : prefersDark.matches);
+const label = () => { button.textContent = isDark() ? "light" : "dark"; };
+button.addEventListener("click", () => { root.dataset.theme = isDark() ? "light" : "dark"; label(); });
+prefersDark.addEventListener("change", label);
+label();
+button.hidden = false;
