@@ -61,7 +61,7 @@ def _main(evaluation: Evaluation) -> list[str]:
     return [
         size(facts.nbytes),
         f"{facts.bits_per_weight:.2f}",
-        "-" if rate is None else f"{rate:.3g}",
+        "-" if rate is None else f"{rate:,.{0 if rate >= 100 else 1}f}",
         figure(quality["kld_mean"]),
         figure(quality["ppl_ratio"]),
     ]
