@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Load what `ossquant export` writes into the servers that people run, and hold their answers against the model's.
 
-    scripts/test_servers                        all of them; half an hour and 10 GB of disk at the first time
+    scripts/test_servers                        all of them; half an hour and 5 GB of disk at the first time
     scripts/test_servers llama-server mlx-lm    some
     scripts/test_servers --scratch /mnt/large   where environments, builds and exports are kept
 

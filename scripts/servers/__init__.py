@@ -1,0 +1,1 @@
+"""The servers of scripts/test_servers: how each is installed, started and asked."""
