@@ -13,7 +13,7 @@ from aiohttp import web
 from ossquant.bench.client import Client
 from ossquant.bench.endpoint import find_endpoint
 from ossquant.bench.trace import Trace
-from servers import plain, serving, stream, words
+from small_servers import plain, serving, stream, words
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "stream": True}
 

@@ -11,7 +11,7 @@ from ossquant.bench.client import Client
 from ossquant.bench.endpoint import find_endpoint
 from ossquant.bench.server import OPTIONAL, Server, Wanted, probe
 from ossquant.errors import EndpointError, UsageError
-from servers import MODEL, Answer, delta, plain, serving, stream, usage, words
+from small_servers import MODEL, Answer, delta, plain, serving, stream, usage, words
 
 WANTED = Wanted(None, 8, reasoning_effort="low", ignore_eos=True)
 
@@ -129,7 +129,7 @@ def test_engines_are_told_apart() -> None:
     app.router.add_get("/props", props)
     app.router.add_get("/v1/models", lambda request: _listed())
     app.router.add_post("/v1/chat/completions", _plain)
-    from servers import running
+    from small_servers import running
 
     with running(app) as url:
         server = probed(url, Wanted(None, 8))

@@ -6,7 +6,7 @@ import pytest
 
 from ossquant.bench.reading import read_trace
 from ossquant.bench.trace import Trace, Usage
-from servers import delta, usage
+from small_servers import delta, usage
 
 BLANK = Trace(index=0, intended=10.0, sent=10.5, ended=20.0)
 

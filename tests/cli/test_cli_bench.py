@@ -19,7 +19,7 @@ from conftest import run_cli
 from ossquant.bench.result_reader import from_json, load_result
 from ossquant.bench.selftest import Check
 from ossquant.cli.bench_view import print_checks
-from servers import MODEL, delta, plain, serving, stream, words
+from small_servers import MODEL, delta, plain, serving, stream, words
 
 FEW = ("--requests", "4", "--new-tokens", "8", "--warm-up", "0")
 

@@ -272,14 +272,18 @@ def command(source: Path, output: Path) -> list[str]:
 
 
 def stopped(source: Path, output: Path) -> subprocess.Popen[str]:
-    """Start the command and hold it in the midst of writing."""
-    process = subprocess.Popen(command(source, output), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """Start the command and hold it in the midst of writing; where it ends before that is seen, start it anew."""
     job = output / JOB
-    while not (job.exists() and len(json.loads(job.read_text())["done"]) >= 3):
-        assert process.poll() is None, "it ended before the moment came"
-        time.sleep(0.0005)
-    process.send_signal(signal.SIGSTOP)
-    return process
+    for _ in range(5):
+        process = subprocess.Popen(command(source, output), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None:
+            if job.exists() and len(json.loads(job.read_text())["done"]) >= 3:
+                process.send_signal(signal.SIGSTOP)
+                return process
+            time.sleep(0.0005)
+        process.communicate()
+        shutil.rmtree(output)
+    pytest.fail("it ended before the moment came")
 
 
 def go_on(source: Path, output: Path) -> dict[str, Any]:

@@ -58,12 +58,16 @@ def command(source: Path, output: Path) -> list[str]:
 
 
 def start(source: Path, output: Path, until: Callable[[Path], bool]) -> subprocess.Popen[str]:
-    """Start the command and wait for a moment of it."""
-    process = subprocess.Popen(command(source, output), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not until(output):
-        assert process.poll() is None, "it ended before the moment came"
-        time.sleep(0.0005)
-    return process
+    """Start the command and wait for a moment of it; on a busy machine it may end first, and is started anew."""
+    for _ in range(5):
+        process = subprocess.Popen(command(source, output), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None:
+            if until(output):
+                return process
+            time.sleep(0.0005)
+        process.communicate()
+        shutil.rmtree(output)
+    pytest.fail("it ended before the moment came")
 
 
 def begun(output: Path) -> bool:

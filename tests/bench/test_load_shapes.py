@@ -14,7 +14,7 @@ from ossquant.bench.run import measure_endpoint
 from ossquant.bench.shape import Shape, make_shapes
 from ossquant.bench.spread import quantile
 from ossquant.errors import UsageError
-from servers import Answer, plain, serving, stream, words
+from small_servers import Answer, plain, serving, stream, words
 
 SERVICE = 0.01
 STALL = 1.0
