@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ossquant.bench.asked import Measured
-from ossquant.bench.files import write_whole
 from ossquant.bench.trace import Trace
 from ossquant.errors import UsageError
+from ossquant.files import write_whole
 
 RESULT, REQUESTS = "result.json", "requests.jsonl"
 

@@ -17,11 +17,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ossquant.bench.files import write_whole
 from ossquant.bench.text import Text
 from ossquant.checkpoint.header import read_header, read_json
 from ossquant.checkpoint.manifest import hash_file
 from ossquant.errors import CheckpointError, OssquantError, UsageError
+from ossquant.files import write_whole
 
 MANIFEST, STATES = "manifest.json", "states.safetensors"
 FORMAT_VERSION = 1

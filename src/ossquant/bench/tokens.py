@@ -56,7 +56,7 @@ def load_tokenizer(path: str) -> CountTokens:
         raise UsageError(f"{file} is not there", hint="--tokenizer takes a tokenizer.json, or its folder")
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:
+    except Exception as error:  # tokenizers raises nothing narrower
         raise UsageError(f"{file} is no tokenizer: {error}", hint="--tokenizer takes a tokenizer.json") from error
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
 

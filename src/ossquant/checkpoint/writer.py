@@ -34,6 +34,7 @@ from ossquant.checkpoint.manifest import (
 )
 from ossquant.checkpoint.reader import CHECKPOINT_SUFFIXES, INDEX, JOB, SINGLE, Checkpoint, Location
 from ossquant.errors import CheckpointError, DoesNotFitError, UsageError
+from ossquant.files import write_whole
 from ossquant.plan import Plan
 from ossquant.scheme import ITEMSIZE, StoredTensor
 from ossquant.units import size
@@ -306,13 +307,13 @@ class CheckpointWriter:
             for path in side_files:
                 _copy_whole(path, self.folder / path.name)
             for name, data in made.items():
-                _write_whole(self.folder / name, data)
+                write_whole(self.folder / name, data)
             made["config.json"] = json.dumps(config, indent=2).encode() + b"\n"
             if manifest:
                 hashes = {path.name: hash_file(self.folder / path.name) for path in side_files}
                 hashes |= {name: SideFile(len(data), hashlib.sha256(data).hexdigest()) for name, data in made.items()}
-                _write_whole(self.folder / MANIFEST, replace(manifest, side_files=hashes).to_json())
-            _write_whole(self.folder / "config.json", made["config.json"])
+                write_whole(self.folder / MANIFEST, replace(manifest, side_files=hashes).to_json())
+            write_whole(self.folder / "config.json", made["config.json"])
             (self.folder / JOB).unlink()
             _sync_folder(self.folder)
         except OSError as error:
@@ -441,7 +442,7 @@ class CheckpointWriter:
             for each in (self._done.items(), self._saved.items())
         )
         journal = {"identity": self._identity, "done": done, "saved": saved, "committing": self._committing}
-        _write_whole(self.folder / JOB, json.dumps(journal).encode())
+        write_whole(self.folder / JOB, json.dumps(journal).encode())
 
     def _partial(self, name: str) -> Path:
         return self.folder / f"{name}.partial"
@@ -499,16 +500,6 @@ def _unchanged(path: Path, placed: Iterable[Placed], entries: Entries) -> Entrie
     with Checkpoint(path.parent, {}, locations) as written:
         found = hash_tensors(written, {name: entries[name].piece for name in locations})
     return {name: entries[name] for name in locations if found[name] == entries[name].sha256}
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write a small file beside its place, then rename it there."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _copy_whole(source: Path, path: Path) -> None:

@@ -70,7 +70,7 @@ def _keeper(output: Path | None) -> "OnRun":
 
 
 def _write(path: Path, value: object) -> None:
-    from ossquant.bench.files import write_whole
+    from ossquant.files import write_whole
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
