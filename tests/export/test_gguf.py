@@ -182,6 +182,17 @@ def test_planned_sizes(trained: Path, split: int | None, tmp_path: Path) -> None
     assert len(seen) == 3 + 19 * 4
 
 
+@pytest.mark.parametrize("dense", ["q8_0", "f32"])
+def test_pieces(trained: Path, dense: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices and biases that are coded some rows at a time give the file that they give whole."""
+    export_gguf(trained, tmp_path / "whole", dense=dense)
+    monkeypatch.setattr("ossquant.codec.expand.PIECE_WEIGHTS", 1000)
+    monkeypatch.setattr("ossquant.codec.expand.STEP_WEIGHTS", 400)
+    monkeypatch.setattr("ossquant.export.gguf.ROWS_AT_ONCE", 700)
+    export_gguf(trained, tmp_path / "pieces", dense=dense)
+    assert only_file(tmp_path / "pieces").read_bytes() == only_file(tmp_path / "whole").read_bytes()
+
+
 def test_beside_the_weights(trained: Path, tmp_path: Path) -> None:
     """The folder has the file, config.json without a word on quantization, and a manifest with every tensor."""
     export_gguf(trained, tmp_path / "out", dense="bf16")

@@ -188,14 +188,11 @@ def _write_rows(
     """Code some rows of a matrix, or a vector, for the tensors that take them."""
     format_ = needed[0].entry.scheme.format
     coded = _encoded(expand(checkpoint, old, part), format_, part.label)
-    if needed[0].half is None:
-        first = pieces(old.tensor)[0]
-        piece = (first.end - first.begin) * coded.shape[1]
-        _write(writer, needed[0], coded, part.begin * coded.shape[1], min(piece, needed[0].stored.nbytes))
-        return
+    first, share = pieces(old.tensor)[0], 1 if needed[0].half is None else 2
+    piece = (first.end - first.begin) * coded.shape[1] // share
     for tensor in needed:  # biases of all experts, in f32: gate and up take turns
-        half = coded.reshape(-1, 2, 4)[:, tensor.half]
-        _write(writer, tensor, half, 0, half.size)
+        rows = coded if tensor.half is None else coded.reshape(-1, 2, 4)[:, tensor.half]
+        _write(writer, tensor, rows, part.begin * coded.shape[1] // share, min(piece, tensor.stored.nbytes))
 
 
 def _encoded(floats: Iterator[Floats], format_: str, name: str) -> Bytes:
