@@ -20,7 +20,7 @@ SPLIT = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _FILE, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-_HINT = "copy gpt-oss' own tokenizer files there: hf download openai/gpt-oss-20b --include 'token*' 'chat*'"
+_HINT = "copy gpt-oss' own tokenizer files there: hf download openai/gpt-oss-20b --include '*token*' --include 'chat*'"
 
 
 class TokenType(IntEnum):
