@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import pytest
@@ -39,14 +40,23 @@ class Done:
         return f"{self.peak_rss / 2**20:.0f} MiB"
 
 
+# A child's peak is never told below the memory of the process that started it: so this small one does.
+LAUNCH = """
+import os, sys
+pid = os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ)
+_, status, usage = os.wait4(pid, 0)
+with open(sys.argv[1], "w") as file:
+    file.write(f"{os.waitstatus_to_exitcode(status)} {usage.ru_maxrss}")
+"""
+
+
 def run(*command: str | Path) -> Done:
     """Run a command to its end."""
-    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout is not None
-    stdout = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.stdout.close()
-    return Done(stdout, os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024)
+    with NamedTemporaryFile("r") as told:
+        launcher = [sys.executable, "-I", "-S", "-c", LAUNCH, told.name, *map(str, command)]
+        done = subprocess.run(launcher, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+        code, peak = map(int, told.read().split())
+    return Done(done.stdout, code, peak * 1024)
 
 
 def ossquant(*arguments: str | Path) -> Done:
