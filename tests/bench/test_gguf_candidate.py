@@ -10,19 +10,17 @@ from ossquant.bench.candidate import Sampling
 from ossquant.bench.gguf_candidate import GgufCandidate
 from ossquant.bench.text import Text, vocabulary
 from ossquant.errors import CheckpointError
+from ossquant.export.gguf import export_gguf
 from ossquant.runtime.load import load_model, load_tokenizer
 
 pytest.importorskip("llama_cpp")
-gguf = pytest.importorskip("ossquant.export.gguf")
 
 
 @pytest.fixture(scope="module")
 def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trained model as GGUF, its dense weights in float32."""
-    from conftest import run_cli
-
     folder = tmp_path_factory.mktemp("gguf")
-    assert run_cli("export", trained, folder, "--to", "gguf", "--dense", "f32").returncode == 0
+    export_gguf(trained, folder, dense="f32")
     (path,) = folder.glob("*.gguf")
     return path
 
