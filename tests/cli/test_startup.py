@@ -168,7 +168,20 @@ def test_quantize_is_cold(trained: Path, tmp_path: Path) -> None:
     assert not loaded & (RUNTIME | {"huggingface_hub", "safetensors"})
 
 
-@pytest.mark.parametrize("command", [["run", "model", "hello"], ["bench", "model"]], ids=["run", "bench"])
+@pytest.mark.parametrize("target", ["gguf", "vllm-int4"])
+def test_export_is_cold(target: str, trained: Path, tmp_path: Path) -> None:
+    """A whole export loads neither torch nor transformers nor bitsandbytes, nor anything of a network."""
+    loaded = modules("export", trained, tmp_path / "out", "--to", target)
+    assert (tmp_path / "out/config.json").exists()
+    assert not loaded & (RUNTIME | {"huggingface_hub", "safetensors", "aiohttp"})
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["run", "model", "hello"], ["chat", "model"], ["warmup", "model"], ["bench", "model"],
+     ["eval", "model", "--against", "source"]],
+    ids=lambda command: command[0],
+)  # fmt: skip
 def test_without_the_runtime(command: list[str]) -> None:
     """Where the runtime is not installed, the error names what is missing and the pip command that installs it."""
     done = subprocess.run([sys.executable, "-c", WITHOUT, *command], capture_output=True, text=True, check=False)

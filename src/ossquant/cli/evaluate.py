@@ -65,6 +65,7 @@ def evaluate(
     takes tokens as independent, as llama-perplexity prints it, too.
     """
     _check(plot, plot_x, speed)
+    import ossquant.runtime  # noqa: F401  first, for it says in a sentence what is not installed
     from ossquant.bench.evaluate import evaluate as run
     from ossquant.bench.evaluate import open_candidate
     from ossquant.bench.source import Settings, Source
