@@ -7,14 +7,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import ROOT, run_cli
-from ossquant.cli import main, render
+from conftest import ROOT, Done, export_ollama, run_cli, run_here
+from ossquant.cli import render
 from ossquant.fit import ENGINE_FORMATS
 from ossquant.hardware import devices
 from ossquant.units import GIB
@@ -26,15 +25,6 @@ ENGINES = tuple(ENGINE_FORMATS)
 ELSEWHERE = tuple(engine for engine in ENGINES if engine != "mlx")  # not on a Mac
 
 
-@dataclass(frozen=True)
-class Done:
-    """How a command ended."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-
 Fit = Callable[..., Done]
 
 
@@ -43,15 +33,8 @@ def fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     """Runs `ossquant fit` in this process, 80 columns wide or as wide as asked."""
 
     def run(*arguments: str | Path, width: int = 80) -> Done:
-        monkeypatch.setattr(sys, "argv", ["ossquant", "fit", *map(str, arguments)])
         monkeypatch.setattr(render.out, "width", width)
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as done:
-            code = done.code if isinstance(done.code, int) else 0 if done.code is None else 1
-        return Done(code, *capsys.readouterr())
+        return run_here(monkeypatch, capsys, "fit", *arguments)
 
     return run
 
@@ -652,3 +635,15 @@ def test_no_color() -> None:
     assert colour.search(on_terminal("fit", "4090"))
     assert not colour.search(on_terminal("fit", "4090", NO_COLOR="1"))
     assert "\x1b" not in on_terminal("fit", "4090", "--json")
+
+
+def test_gguf_without_a_modelfile(fit: Fit, trained: Path, tmp_path: Path) -> None:
+    """A GGUF export is judged for Ollama only where the Modelfile lies that its line names."""
+    export_ollama(trained, tmp_path / "out")
+    assert "ollama create" in fit("4090", "--model", tmp_path / "out", "--engine", "ollama").stdout
+    (tmp_path / "out/Modelfile").unlink()
+    overview = fit("4090", "--model", tmp_path / "out")
+    assert (overview.code, "ollama" in overview.stdout) == (0, False)
+    refused = fit("4090", "--model", tmp_path / "out", "--engine", "ollama")
+    assert refused.code == 2
+    assert "no Modelfile for Ollama" in refused.stderr and "--to ollama" in refused.stderr

@@ -11,28 +11,17 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from conftest import TRAINED, export_ollama, run_cli
-from ossquant.cli import main
+from conftest import TRAINED, Done, export_ollama, run_cli, run_here
 from ossquant.fit import ENGINE_FORMATS, candidate, fit
 from ossquant.hardware import devices, find_machine
 from ossquant.memory import Workload, parse_engine
 from ossquant.spec import ModelSpec
 
 GPUS = {"mlx": "m4max", "transformers": "h100-sxm"}
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a command ended."""
-
-    code: int
-    stdout: str
-    stderr: str
 
 
 Serve = Callable[..., Done]
@@ -43,14 +32,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     """Runs `ossquant serve-command` in this process."""
 
     def run(*arguments: str | Path | int) -> Done:
-        monkeypatch.setattr(sys, "argv", ["ossquant", "serve-command", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as done:
-            code = done.code if isinstance(done.code, int) else 0 if done.code is None else 1
-        return Done(code, *capsys.readouterr())
+        return run_here(monkeypatch, capsys, "serve-command", *arguments)
 
     return run
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import typer
 
 from ossquant.cli import fit_json, fit_view
-from ossquant.cli.named import PUBLISHED, NamedModel, named_model, sized
+from ossquant.cli.named import PUBLISHED, NamedModel, named_model, no_modelfile, sized
 from ossquant.errors import UsageError
 from ossquant.fit import (
     ENGINE_FORMATS,
@@ -106,6 +106,8 @@ def _candidates(model: str | None, engine: str | None, version: str | None, name
         named = named_model(which)
         for chosen in engines:
             if named.stored and not name:
+                if engine is not None and not named.serves(chosen):
+                    raise no_modelfile(named)
                 found += _as_stored(named, chosen)
             else:
                 formats = _formats(chosen, name, bool(engine))
@@ -125,7 +127,7 @@ def _formats(engine: Engine, name: str | None, all_of_them: bool) -> list[str]:
 
 
 def _as_stored(named: NamedModel, engine: Engine) -> list[Candidate]:
-    if named.stored is None or not loads_stored(engine, named.stored):
+    if named.stored is None or not loads_stored(engine, named.stored) or not named.serves(engine):
         return []
     return [Candidate(named.name, stored_format(named.stored), engine, named.stored, named.path)]
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ossquant.engine import Engine
 from ossquant.errors import UsageError
 from ossquant.fit import FORMATS
 from ossquant.hardware import MAX_COUNT, Machine
@@ -28,6 +29,10 @@ class NamedModel:
     path: str = ""
     modelfile: bool = False
 
+    def serves(self, engine: Engine) -> bool:
+        """Whether all that an engine's server is given is there: Ollama takes a GGUF by its Modelfile."""
+        return engine.name != "ollama" or not self.path or self.modelfile
+
 
 def named_model(which: str) -> NamedModel:
     """Find `20b`, a hub id, a checkpoint folder or a GGUF of ours; of weights only headers are read.
@@ -48,6 +53,13 @@ def named_model(which: str) -> NamedModel:
         folder = which if Path(which).is_dir() else str(export.first.parent)
         return NamedModel(folder, export.spec, export.plan, str(export.first), export.modelfile is not None)
     return NamedModel(which, *read_headers(which))
+
+
+def no_modelfile(named: NamedModel) -> UsageError:
+    """Say that Ollama's recipe is missing, and what writes it."""
+    return UsageError(
+        f"{named.name}: no Modelfile for Ollama", hint="ossquant export … --to ollama writes one; or --engine llama.cpp"
+    )
 
 
 def sized(machine: Machine, gpus: int, host_memory: str | None) -> Machine:

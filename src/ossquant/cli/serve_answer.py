@@ -8,7 +8,7 @@ import typer
 
 from ossquant.advice import command, warnings
 from ossquant.cli import fit_json, fit_view
-from ossquant.cli.named import NamedModel, named_model, sized
+from ossquant.cli.named import NamedModel, named_model, no_modelfile, sized
 from ossquant.engine import LOOPBACK
 from ossquant.errors import UsageError
 from ossquant.fit import ENGINE_FORMATS, Candidate, FitVerdict, best, candidate, stored_format
@@ -57,10 +57,9 @@ def _candidates(named: NamedModel, source: str, engine: str | None) -> list[Cand
     if stored is None:
         return [candidate(named.name, named.spec, ENGINE_FORMATS[each.name][0], each) for each in engines]
     able = [each for each in engines if loads(each, stored)]
-    if named.path and not named.modelfile:
-        if engine == "ollama":
-            raise UsageError(f"{named.name}: no Modelfile for Ollama", hint="export it again, or --engine llama.cpp")
-        able = [each for each in able if each.name != "ollama"]
+    if engine == "ollama" and able and not named.serves(able[0]):
+        raise no_modelfile(named)
+    able = [each for each in able if named.serves(each)]
     if not able:
         raise refusal(source, stored, engine)
     return [Candidate(named.name, stored_format(stored), each, stored, named.path) for each in able]

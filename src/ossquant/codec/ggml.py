@@ -131,6 +131,14 @@ def _signed_peak(row: Any) -> Any:
 
 
 @nb.njit(nogil=True, inline="always")
+def _scale(row: Any, middle: Any) -> Any:
+    """The scale that makes code 0 of the largest weight, its inverse, and that weight's bits."""
+    peak = _signed_peak(row)
+    scale = peak / np.float32(-middle)
+    return scale, _inverse(scale), _bits(peak)
+
+
+@nb.njit(nogil=True, inline="always")
 def _code(weight: Any, inverse: Any, middle: Any) -> Any:
     """Round to 0 … 2 * middle - 1, middle standing for zero."""
     scaled = weight * inverse + (np.float32(middle) + np.float32(0.5))
@@ -142,10 +150,8 @@ def _q4_0(rows: Any, scales: Any, blocks: Any) -> Any:
     """Fill blocks but for their scales; gives the largest magnitude's bits."""
     largest = np.int32(0)
     for b in range(rows.shape[0]):
-        peak = _signed_peak(rows[b])
-        largest = max(largest, _bits(peak))
-        scales[b] = peak / np.float32(-8)
-        inverse = _inverse(scales[b])
+        scales[b], inverse, peak = _scale(rows[b], 8)
+        largest = max(largest, peak)
         for j in range(16):
             low, high = _code(rows[b, j], inverse, 8), _code(rows[b, j + 16], inverse, 8)
             blocks[b, 2 + j] = low | high << np.uint8(4)
@@ -157,10 +163,8 @@ def _q5_0(rows: Any, scales: Any, blocks: Any) -> Any:
     """Fill blocks but for their scales; gives the largest magnitude's bits."""
     largest = np.int32(0)
     for b in range(rows.shape[0]):
-        peak = _signed_peak(rows[b])
-        largest = max(largest, _bits(peak))
-        scales[b] = peak / np.float32(-16)
-        inverse = _inverse(scales[b])
+        scales[b], inverse, peak = _scale(rows[b], 16)
+        largest = max(largest, peak)
         fifth = np.uint32(0)  # the highest bit of every code
         for j in range(16):
             low, high = _code(rows[b, j], inverse, 16), _code(rows[b, j + 16], inverse, 16)
