@@ -123,25 +123,27 @@ def _safetensors(job: _Job, recipe: Recipe) -> None:
     from ossquant.cli import render
     from ossquant.export import safetensors
 
-    with open_checkpoint(job.source) as checkpoint:
-        planned = safetensors.plan_export(checkpoint, job.target, recipe, job.source)
-    about = {"source": job.source, "target": job.target.name, "warnings": list(planned.warnings)}
     if job.output is None:
+        with open_checkpoint(job.source) as checkpoint:
+            planned = safetensors.plan_export(checkpoint, job.target, recipe, job.source)
         if job.as_json:
-            render.print_json(about | plan_json(planned.plan))
+            render.print_json(_about(job, planned.warnings) | plan_json(planned.plan))
         else:
             render.print_plan(planned.plan, f"{job.source} for {job.target.name}")
         _warn(planned.warnings)
         return
+    announced: list[safetensors.ExportPlan] = []
     with _resumable(job.output), render.byte_progress(job.target.name) as progress:
         report = safetensors.export(
-            job.source, job.output, job.target, recipe, max_shard_size=job.size, force=job.force, progress=progress
-        )
+            job.source, job.output, job.target, recipe, max_shard_size=job.size, force=job.force, progress=progress,
+            announce=announced.append,
+        )  # fmt: skip
+    (planned,) = announced
     _warn(planned.warnings)
     if job.as_json:
         written = sorted(job.output.glob("*.safetensors"))
         files = [{"name": path.name, "bytes": path.stat().st_size} for path in written]
-        render.print_json(report_json(report, recipe) | about | {"files": files})
+        render.print_json(report_json(report, recipe) | _about(job, planned.warnings) | {"files": files})
     else:
         render.print_line(summary(report))
         render.note(_next(job.target, job.output, ""))
@@ -169,13 +171,13 @@ def _warn(warnings: Sequence[str]) -> None:
         render.note(f"warning: {warning}")
 
 
+def _about(job: _Job, warnings: Sequence[str]) -> dict[str, Any]:
+    return {"source": job.source, "target": job.target.name, "warnings": list(warnings)}
+
+
 def _gguf_json(job: _Job, planned: "GgufPlan") -> dict[str, Any]:
-    return {
-        "source": job.source,
-        "target": job.target.name,
-        "files": [{"name": file.name, "bytes": file.nbytes} for file in planned.files],
-        "warnings": list(planned.warnings),
-    }
+    files = [{"name": file.name, "bytes": file.nbytes} for file in planned.files]
+    return _about(job, planned.warnings) | {"files": files}
 
 
 def _next(target: Target, output: Path, file: str) -> str:

@@ -1,5 +1,6 @@
 """Exports that are safetensors, made by quantize: the published layout, INT4 for vLLM, unsloth's names."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,13 +71,15 @@ def export(
     max_shard_size: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    announce: Callable[[ExportPlan], None] = lambda planned: None,
 ) -> QuantizeReport:
     """Write SOURCE for a target into the folder OUTPUT, which appears whole or not at all, and read it back.
 
-    What plan_export refuses is refused here. Raises UsageError, CheckpointError, DoesNotFitError.
+    announce is told the plan before anything is written; what plan_export refuses is refused here. Raises UsageError,
+    CheckpointError, DoesNotFitError.
     """
     with open_checkpoint(source) as checkpoint:
-        plan_export(checkpoint, target, recipe, str(source))
+        announce(plan_export(checkpoint, target, recipe, str(source)))
     report = quantize(
         source, output, recipe, max_shard_size=max_shard_size or DEFAULT_SHARD_SIZE, force=force, progress=progress
     )
