@@ -25,7 +25,11 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 
 def pytest_configure() -> None:
-    """Have Ctrl-C work: pytest-xdist's processes ignore it, and so would every command that a test starts there."""
+    """Have Triton interpret kernels on the CPU, which it decides when it is imported, and Ctrl-C work.
+
+    pytest-xdist's processes ignore it, and so would every command that a test starts there.
+    """
+    os.environ["TRITON_INTERPRET"] = "1"
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -1,7 +1,7 @@
 """Mixture-of-experts layers whose weights stay in four bits.
 
 Both take the place of transformers' GptOssExperts and are called like it: hidden_states (tokens, hidden),
-router_indices and routing_weights (tokens, top_k).
+router_indices and routing_weights (tokens, top_k). Where decode_kernels.py has set chosen, that computes few tokens.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ossquant.runtime.chosen import ChosenExperts
 from ossquant.runtime.kernels import dequantize_mxfp4
 from ossquant.scheme import Scheme
 
@@ -27,18 +28,37 @@ class Linear4bitExperts(nn.Module):
 
     def __init__(self, config: Any, scheme: Scheme, dtype: torch.dtype) -> None:
         super().__init__()
+        self.chosen: ChosenExperts | None = None
         self.gate = _Gate(config)
-        hidden, intermediate = config.hidden_size, config.intermediate_size
+        self.experts, self.experts_per_token = config.num_local_experts, config.num_experts_per_tok
+        self.hidden_size = hidden = config.hidden_size
+        intermediate = config.intermediate_size
 
         def stack(inputs: int, outputs: int) -> nn.ModuleList:
-            return nn.ModuleList(linear4bit(inputs, outputs, scheme, dtype) for _ in range(config.num_local_experts))
+            return nn.ModuleList(linear4bit(inputs, outputs, scheme, dtype) for _ in range(self.experts))
 
         self.gate_up_projs = stack(hidden, 2 * intermediate)
         self.down_projs = stack(intermediate, hidden)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.down_projs[0].bias.dtype
+
+    def parameters_of_experts(self) -> list[Tensor | None]:
+        """Every expert's weight, then its bias, of gate_up_projs and of down_projs; None where a module has none."""
+        return [
+            projection._parameters.get(name)
+            for projections in (self.gate_up_projs, self.down_projs)
+            for name in ("weight", "bias")
+            for projection in projections._modules.values()
+        ]
+
     def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
+        if self.chosen and self.chosen.takes(hidden_states, self.parameters_of_experts()):
+            return self.chosen(hidden_states, router_indices, routing_weights)
         return _mix(
-            hidden_states, router_indices, routing_weights, len(self.down_projs), self.gate,
+            hidden_states, router_indices, routing_weights, self.experts, self.gate,
             lambda expert, x: self.gate_up_projs[expert](x), lambda expert, x: self.down_projs[expert](x),
         )  # fmt: skip
 
@@ -48,9 +68,11 @@ class NativeMxfp4Experts(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
+        self.chosen: ChosenExperts | None = None
         self.gate = _Gate(config)
-        self.experts_per_token = config.num_experts_per_tok
-        experts, hidden, intermediate = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.experts, self.experts_per_token = config.num_local_experts, config.num_experts_per_tok
+        self.hidden_size = hidden = config.hidden_size
+        experts, intermediate = self.experts, config.intermediate_size
         self.gate_up_proj_blocks = _bytes(experts, 2 * intermediate, hidden // 32, 16)
         self.gate_up_proj_scales = _bytes(experts, 2 * intermediate, hidden // 32)
         self.gate_up_proj_bias = nn.Parameter(torch.empty(experts, 2 * intermediate), requires_grad=False)
@@ -58,7 +80,21 @@ class NativeMxfp4Experts(nn.Module):
         self.down_proj_scales = _bytes(experts, hidden, intermediate // 32)
         self.down_proj_bias = nn.Parameter(torch.empty(experts, hidden), requires_grad=False)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.down_proj_bias.dtype
+
+    def parameters_of_experts(self) -> list[Tensor | None]:
+        """Blocks, scales and bias of gate_up_proj and of down_proj."""
+        names = (f"{projection}_{part}" for projection in ("gate_up_proj", "down_proj")
+                 for part in ("blocks", "scales", "bias"))  # fmt: skip
+        return [self._parameters.get(name) for name in names]
+
     def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
+        if self.chosen and self.chosen.takes(hidden_states, self.parameters_of_experts()):
+            return self.chosen(hidden_states, router_indices, routing_weights)
+
         def gate_up(expert: int, x: Tensor) -> Tensor:
             return _linear_mxfp4(
                 x, self.gate_up_proj_blocks[expert], self.gate_up_proj_scales[expert], self.gate_up_proj_bias[expert]
@@ -69,8 +105,7 @@ class NativeMxfp4Experts(nn.Module):
                 x, self.down_proj_blocks[expert], self.down_proj_scales[expert], self.down_proj_bias[expert]
             )
 
-        experts = self.down_proj_bias.shape[0]
-        return _mix(hidden_states, router_indices, routing_weights, experts, self.gate, gate_up, down)
+        return _mix(hidden_states, router_indices, routing_weights, self.experts, self.gate, gate_up, down)
 
 
 def _linear_mxfp4(x: Tensor, blocks: Tensor, scales: Tensor, bias: Tensor) -> Tensor:

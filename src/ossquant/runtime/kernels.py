@@ -1,7 +1,11 @@
 """MXFP4 weights back to floats, on the device where they lie."""
 
+import logging
+import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -9,11 +13,67 @@ from torch import Tensor
 
 from ossquant.codec import mxfp4
 
+Expander = Callable[[Tensor, Tensor], Tensor]  # blocks (out, G, 16) and scales (out, G) to bf16 (out, G * 32)
+
+logger = logging.getLogger(__name__)
+
 
 def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Expand MXFP4 exactly: blocks (out, G, 16) and scales (out, G), uint8. Returns (out, G * 32) of dtype."""
-    expand = _expand_on_cpu if blocks.device.type == "cpu" else _expand_with_torch
-    return expand(blocks, scales).to(dtype)
+    return _expander(blocks.device)(blocks, scales).to(dtype)
+
+
+@cache
+def _expander(device: torch.device) -> Expander:
+    """The way to expand on a device: Triton's, if it gives the bits of torch's there for every scale and code."""
+    if device.type == "cpu":
+        return _expand_on_cpu
+    if device.type != "cuda" or find_spec("triton") is None:
+        return _expand_with_torch
+    blocks, scales = every_mxfp4(device)
+    try:
+        same = torch.equal(expand_with_triton(blocks, scales), _expand_with_torch(blocks, scales))
+    except triton_failures() as error:
+        logger.warning("MXFP4 is expanded by torch: Triton failed here: %s", error)
+        return _expand_with_torch
+    if not same:
+        logger.warning("MXFP4 is expanded by torch: Triton gives other bits here; please report it")
+    return expand_with_triton if same else _expand_with_torch
+
+
+def every_mxfp4(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Blocks (253, 16, 16) and scales (253, 16): every pair of codes under every scale that bf16 can hold."""
+    pairs = torch.arange(256, dtype=torch.uint8, device=device).reshape(16, 16)
+    scales = torch.arange(mxfp4.MAX_SCALE + 1, dtype=torch.uint8, device=device)
+    return pairs.expand(len(scales), 16, 16).contiguous(), scales[:, None].expand(-1, 16).contiguous()
+
+
+def expand_with_triton(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Expand contiguous MXFP4 to bf16: blocks (out, G, 16), scales (out, G)."""
+    import triton
+
+    from ossquant.runtime.expert_kernels import EXPANDED_GROUPS, expand_mxfp4_kernel
+
+    out = torch.empty(blocks.shape[0], 32 * blocks.shape[1], dtype=torch.bfloat16, device=blocks.device)
+    groups = scales.numel()
+    with torch.cuda.device_of(blocks):
+        expand_mxfp4_kernel[(triton.cdiv(groups, EXPANDED_GROUPS),)](
+            blocks, scales, _decoded(blocks.device), out, groups, GROUPS=EXPANDED_GROUPS
+        )
+    return out
+
+
+def triton_failures() -> tuple[type[Exception], ...]:
+    """What Triton raises where it does not know a GPU, has no C compiler, or cannot compile."""
+    from triton.errors import TritonError
+
+    return TritonError, RuntimeError, OSError, subprocess.CalledProcessError
+
+
+@cache
+def mxfp4_values(device: torch.device) -> Tensor:
+    """What MXFP4's 16 codes mean before their scale, float32."""
+    return torch.tensor([*mxfp4.MAGNITUDES, *-mxfp4.MAGNITUDES], dtype=torch.float32, device=device)
 
 
 def _expand_with_torch(blocks: Tensor, scales: Tensor) -> Tensor:

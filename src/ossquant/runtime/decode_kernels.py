@@ -1,0 +1,110 @@
+"""Give a model's experts Triton's kernels for few tokens, where these agree with the plain way and are faster."""
+
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ossquant.runtime.chosen import FEW_TOKENS, ChosenExperts, Matrices, bnb_matrices, mxfp4_matrices
+from ossquant.runtime.experts import Linear4bitExperts, NativeMxfp4Experts
+from ossquant.runtime.kernels import mxfp4_values, triton_failures
+
+Experts = Linear4bitExperts | NativeMxfp4Experts
+Clock = Callable[[], float]
+
+# how far from the plain way, which rounds weights and what lies between the projections to dtype, the kernels may
+# be, by norm; one wrong code in a hundred is farther
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+_REPEATS = 5
+_SEED = 0
+
+
+def use_decode_kernels(model: nn.Module, device: str = "cuda", clock: Clock = time.perf_counter) -> str | None:
+    """Have the experts on devices of a type use the kernels; returns what was decided, None if there are no such.
+
+    The first layer on each device tries them out, on its own weights, for one token and for FEW_TOKENS.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Experts) and _device(module).type == device]
+    if not layers:
+        return None
+    if find_spec("triton") is None:
+        return "experts are asked for one by one: triton is not installed"
+    try:
+        trials = [_try(layer, clock) for layer in {_device(layer): layer for layer in reversed(layers)}.values()]
+    except triton_failures() as error:
+        return f"experts are asked for one by one: Triton's kernels failed here: {_first_line(error)}"
+    far, times_as_fast = max(trial[0] for trial in trials), min(trial[1] for trial in trials)
+    if not far <= TOLERANCE[layers[0].dtype]:  # which catches NaN
+        return f"experts are asked for one by one: Triton's kernels are off by {far:.2g} here; please report it"
+    if times_as_fast < 1:
+        return f"experts are asked for one by one: Triton's kernels are {times_as_fast:.2g} times as fast here"
+    for layer in layers:
+        layer.chosen = chosen_experts(layer)
+    return f"experts by Triton's kernels: checked here, off by {far:.1g}, {times_as_fast:.1f} times as fast for a token"
+
+
+def chosen_experts(layer: Experts) -> ChosenExperts:
+    """The kernels' view of a layer's experts."""
+    gate_up, down = _mxfp4(layer) if isinstance(layer, NativeMxfp4Experts) else _bitsandbytes(layer)
+    return ChosenExperts(gate_up, down, layer.gate.alpha, layer.gate.limit)
+
+
+def _mxfp4(layer: NativeMxfp4Experts) -> tuple[Matrices, Matrices]:
+    values = mxfp4_values(_device(layer))
+    return (
+        mxfp4_matrices(layer.gate_up_proj_blocks, layer.gate_up_proj_scales, layer.gate_up_proj_bias, values),
+        mxfp4_matrices(layer.down_proj_blocks, layer.down_proj_scales, layer.down_proj_bias, values),
+    )
+
+
+def _bitsandbytes(layer: Linear4bitExperts) -> tuple[Matrices, Matrices]:
+    gate_up, down = (
+        bnb_matrices([projection.weight for projection in projections], [projection.bias for projection in projections])
+        for projections in (layer.gate_up_projs, layer.down_projs)
+    )
+    return gate_up, down
+
+
+def _try(layer: Experts, clock: Clock) -> tuple[float, float]:
+    """How far the kernels are from the plain way, and how many times as fast for one token."""
+    chosen = chosen_experts(layer)
+    with torch.inference_mode():
+        errors = []
+        for tokens in (FEW_TOKENS, 1):
+            call = _call(layer, tokens)
+            expected = layer(*call).float()
+            errors.append(float((chosen(*call).float() - expected).norm() / expected.norm()))
+        times_as_fast = _seconds(layer, call, clock) / _seconds(chosen, call, clock)
+    return max(errors, key=lambda error: (error != error, error)), times_as_fast
+
+
+def _call(layer: Experts, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random tokens through random experts."""
+    generator = torch.Generator().manual_seed(_SEED)
+    experts, hidden, dtype = layer.experts, layer.hidden_size, layer.dtype
+    indices = torch.rand(tokens, experts, generator=generator).topk(layer.experts_per_token).indices
+    weights = torch.rand(indices.shape, generator=generator).softmax(-1)
+    states = torch.randn(tokens, hidden, generator=generator)
+    device = _device(layer)
+    return states.to(device, dtype), indices.to(device), weights.to(device, dtype)
+
+
+def _seconds(experts: Any, call: tuple[Tensor, Tensor, Tensor], clock: Clock) -> float:
+    """The fastest of some calls."""
+    times = []
+    for _ in range(_REPEATS):
+        started = clock()
+        experts(*call).sum().item()  # which waits for the device
+        times.append(clock() - started)
+    return min(times)
+
+
+def _device(layer: Experts) -> torch.device:
+    return next(layer.parameters()).device
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,129 @@
+"""The kernels are given to a model only where they compute what the plain way does, and faster."""
+
+import subprocess
+import sys
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not on this platform")
+
+import triton.language as tl
+from peft import LoraConfig, inject_adapter_in_model
+from triton.runtime.interpreter import InterpretedFunction
+
+from ossquant import load_model
+from ossquant.runtime import expert_kernels
+from ossquant.runtime.chosen import FEW_TOKENS
+from ossquant.runtime.decode_kernels import chosen_experts, use_decode_kernels
+
+CPU = "cpu"  # where Triton's interpreter stands for a GPU
+IN_PROCESS_WITHOUT_INTERPRETER = """
+import os, sys
+os.environ.pop("TRITON_INTERPRET", None)
+from ossquant import load_model
+from ossquant.runtime.decode_kernels import use_decode_kernels
+model, _ = load_model(sys.argv[1], scheme="hybrid")
+print(use_decode_kernels(model, "cpu"))
+print([layer.mlp.experts.chosen for layer in model.model.layers])
+"""
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes its time for each program."""
+    monkeypatch.setattr(expert_kernels, "ROWS", 256)
+
+
+@pytest.fixture
+def model(trained: Path) -> Any:
+    return load_model(trained, scheme="nf4", dtype="float32")[0]
+
+
+def chosen(model: Any) -> list[bool]:
+    return [layer.mlp.experts.chosen is not None for layer in model.model.layers]
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("scheme", ("hybrid", "mxfp4", "nf4", "fp4"))
+def test_right_kernels_are_used(scheme: str, dtype: str, trained: Path) -> None:
+    """Kernels that agree and win are used for few tokens, and the line that says so gives the error."""
+    model, _ = load_model(trained, scheme=scheme, dtype=dtype)
+    keep_layout(model)
+    # five calls of one second in the plain way, then five of a tenth
+    ticks = accumulate(chain([0.0], [1.0, 0.0] * 4, [1.0, 0.0], [0.1, 0.0] * 5))
+    said = use_decode_kernels(model, CPU, clock=lambda: next(ticks))
+    assert said is not None and said.startswith("experts by Triton's kernels: checked here, off by ")
+    assert "10.0 times as fast" in said
+    assert chosen(model) == [True] * 4
+
+
+def keep_layout(model: Any) -> None:
+    """With AVX512-BF16 bitsandbytes repacks weights for the CPU, which no GPU does."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def test_slow_kernels_are_left(model: Any) -> None:
+    """The interpreter agrees and is a thousand times slower: it is said, and every layer computes as before."""
+    said = use_decode_kernels(model, CPU)
+    assert said is not None and said.startswith("experts are asked for one by one: Triton's kernels are 0.0")
+    assert chosen(model) == [False] * 4
+
+
+def test_wrong_kernels_are_left(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device whose arithmetic is another than ours is found out before it is used."""
+
+    def doubled(exponent):  # type: ignore[no-untyped-def]
+        return ((exponent.to(tl.uint32) + 1) << 23).to(tl.float32, bitcast=True)
+
+    monkeypatch.setattr(expert_kernels, "_power_of_two", InterpretedFunction(doubled))
+    model, _ = load_model(trained, scheme="hybrid", dtype="float32")
+    said = use_decode_kernels(model, CPU)
+    assert said is not None and "Triton's kernels are off by" in said
+    assert chosen(model) == [False] * 4
+
+
+def test_failing_kernels_are_left(trained: Path) -> None:
+    """Triton without a GPU fails as it would on one that it does not know: the reason is told, nothing is raised."""
+    program = [sys.executable, "-c", IN_PROCESS_WITHOUT_INTERPRETER, str(trained)]
+    said = subprocess.run(program, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert said[0].startswith("experts are asked for one by one: Triton's kernels failed here: ")
+    assert said[1] == "[None, None, None, None]"
+
+
+def test_no_experts_no_word(trained: Path) -> None:
+    """On the CPU, and in bf16, there is nothing to decide."""
+    assert use_decode_kernels(load_model(trained, scheme="nf4")[0]) is None
+    assert use_decode_kernels(load_model(trained, scheme="bf16")[0], CPU) is None
+
+
+@pytest.mark.parametrize("scheme", ("hybrid", "nf4"))
+def test_kernels_see_the_weights_of_now(scheme: str, trained: Path) -> None:
+    """What is trained, wrapped, moved or long goes the plain way: kernels know one place of the weights alone."""
+    model, _ = load_model(trained, scheme=scheme, dtype="float32")
+    experts = model.model.layers[0].mlp.experts
+    experts.chosen = chosen_experts(experts)
+    few, many = torch.zeros(FEW_TOKENS, 192), torch.zeros(FEW_TOKENS + 1, 192)
+
+    def takes(states: torch.Tensor) -> bool:
+        return experts.chosen.takes(states, experts.parameters_of_experts())
+
+    with torch.no_grad():
+        assert takes(few)
+        assert not takes(many)
+        assert not takes(few.bfloat16())
+    assert not takes(few)  # with grad
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.data = parameter.data.clone()
+        assert not takes(few)
+        experts.chosen = chosen_experts(experts)
+        assert takes(few)
+        if scheme == "nf4":
+            inject_adapter_in_model(LoraConfig(r=2, target_modules=["gate_up_projs.1"]), model)
+            assert not takes(few)
