@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from jinja2 import TemplateError
@@ -11,13 +11,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from ossquant.errors import CheckpointError, UsageError
 from ossquant.memory.transformers import PREFILL_CHUNK
+from ossquant.runtime.decoder import Cache, decoding
 from ossquant.runtime.harmony import STOPS, HarmonyParser, OnText
 
 REASONING_EFFORTS = ("low", "medium", "high")
-# dynamic grows with what was said; static reserves prompt + max_new_tokens, and eager attention computes all of it
-# at every token: 10 times slower on a CPU for 100 tokens with 4096 to come, never faster. It is for CUDA graphs,
-# which experts that are chosen on the host do not allow.
-Cache = Literal["dynamic", "static"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ def generate(
     max_new_tokens: int = 512,
     temperature: float = 0.0,
     reasoning_effort: str = "medium",
-    cache: Cache = "dynamic",
+    cache: Cache = "auto",
     on_text: OnText | None = None,
 ) -> Reply:
     """Answer a conversation, one {'role', 'content'} a message. temperature 0 takes the likeliest token each time.
@@ -124,15 +121,17 @@ def continue_prompt(
     model: Any, prompt: torch.Tensor, *, max_new_tokens: int, cache: Cache, **options: Any
 ) -> torch.Tensor:
     """Compute a prompt (1, tokens) in chunks and return it with what follows; options are transformers' own."""
-    return model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=max_new_tokens,
-        prefill_chunk_size=PREFILL_CHUNK,
-        cache_implementation="static" if cache == "static" else None,
-        disable_compile=True,
-        **options,
-    )
+    tokens = prompt.shape[1]
+    with decoding(model, tokens, tokens + max_new_tokens, cache) as past_key_values:
+        return model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max_new_tokens,
+            prefill_chunk_size=PREFILL_CHUNK,
+            past_key_values=past_key_values,
+            disable_compile=True,
+            **options,
+        )
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -27,6 +27,8 @@ from ossquant.quantize import plan_quantize, quantization_config
 from ossquant.recipe import Recipe, built_in
 from ossquant.runtime.attention import choose_attention
 from ossquant.runtime.bnb_config import recipe_from_bitsandbytes
+from ossquant.runtime.decode_kernels import use_decode_kernels
+from ossquant.runtime.decoder import ATTRIBUTE, Decoder, capture_cuda_graph
 from ossquant.runtime.devices import place
 from ossquant.runtime.dispatch import dispatch
 from ossquant.runtime.quantizer import METHOD, parameters_4bit
@@ -101,6 +103,8 @@ def load_model(
                 "for every token, which is slow")  # fmt: skip
         started = time.monotonic()
         model = _load(checkpoint, plan, devices, computed, attention.implementation, progress)
+        for line in prepare_decoding(model, devices, workload.max_model_len):
+            say(line)
         seconds = time.monotonic() - started
         tokenizer = load_tokenizer(checkpoint.folder)
         say(f"loaded in {seconds:.1f} s; peak host memory {size(_peak_host_memory())}, mapped files included")
@@ -124,6 +128,20 @@ def _wanted(
                 hint="leave quantization_config out, or load the checkpoint it was made of",
             )
     return recipe, compute_dtype if dtype == "auto" else dtype
+
+
+def prepare_decoding(model: nn.Module, devices: DevicePlan, max_model_len: int) -> Iterator[str]:
+    """Set up the fastest way to compute single tokens that works here; gives lines that say what was decided."""
+    kernels = use_decode_kernels(model)
+    if kernels:
+        yield kernels
+    if devices.crosses:
+        return
+    capture = None
+    if model.device.type == "cuda" and all(getattr(layer.mlp.experts, "chosen", None) for layer in model.model.layers):
+        capture = capture_cuda_graph
+        yield "tokens are decoded by CUDA graphs, each checked when it is captured"
+    setattr(model, ATTRIBUTE, Decoder(model, max_model_len, capture))
 
 
 def placement(model: nn.Module) -> Placement:

@@ -1,8 +1,8 @@
 """Take the cost of a first request out of it, before readiness is told.
 
 torch, oneDNN and bitsandbytes choose, load and repack at first use, and weights that were mapped are read then. None
-of that outlives the process; only what numba compiled for quantizing on load is kept on disk. No CUDA graphs are
-captured: which experts compute is decided on the host, token by token.
+of that outlives the process; only what numba and Triton compiled is kept on disk. CUDA graphs, where they can be, are
+captured for every length up to the max_model_len that the model was loaded for.
 """
 
 import time
@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from ossquant.memory.transformers import PREFILL_CHUNK
-from ossquant.runtime.generate import Cache, continue_prompt, generate, stop_tokens
+from ossquant.runtime.decoder import ATTRIBUTE, Cache
+from ossquant.runtime.generate import continue_prompt, generate, stop_tokens
 
 NEW_TOKENS = 4
 SEED = 0
 
 
-def warm_up(model: Any, tokenizer: Any, *, cache: Cache = "dynamic") -> float:
+def warm_up(model: Any, tokenizer: Any, *, cache: Cache = "auto") -> float:
     """Prefill a full chunk and answer a short question, a few tokens each; returns seconds.
 
     The chunk is of random tokens, so that they go through nearly every expert. Weights and the random numbers of
@@ -32,4 +33,7 @@ def warm_up(model: Any, tokenizer: Any, *, cache: Cache = "dynamic") -> float:
         eos_token_id=stop_tokens(model, tokenizer),
     )  # fmt: skip
     generate(model, tokenizer, [{"role": "user", "content": "Hello"}], max_new_tokens=NEW_TOKENS, cache=cache)
+    decoder = getattr(model, ATTRIBUTE, None)
+    if decoder and decoder.captures and cache != "dynamic" and not decoder.obstacle:
+        decoder.warm_up()
     return time.perf_counter() - started
