@@ -21,6 +21,7 @@ from ossquant.checkpoint.reader import Checkpoint, open_checkpoint
 from ossquant.errors import CheckpointError, UnsupportedError, UsageError
 from ossquant.layout import Role
 from ossquant.memory.terms import Workload
+from ossquant.memory.transformers import kv_cache_bytes, working_bytes
 from ossquant.place import DISK, DevicePlan
 from ossquant.plan import QUANTIZED, Plan
 from ossquant.quantize import plan_quantize, quantization_config
@@ -29,6 +30,8 @@ from ossquant.runtime.attention import choose_attention
 from ossquant.runtime.bnb_config import recipe_from_bitsandbytes
 from ossquant.runtime.devices import place
 from ossquant.runtime.dispatch import dispatch
+from ossquant.runtime.kernel_experts import KernelExperts
+from ossquant.runtime.mxfp4_kernels import AUTO, NEVER, check_choice, use_mxfp4_kernels
 from ossquant.runtime.quantizer import METHOD, parameters_4bit
 from ossquant.units import count, nearest, size
 
@@ -64,6 +67,7 @@ def load_model(
     max_model_len: int = DEFAULT_CONTEXT,
     dtype: str | torch.dtype = "auto",
     attn_implementation: str = "auto",
+    mxfp4_kernels: str = AUTO,
     announce: Announce | None = None,
     progress: bool = False,
 ) -> tuple[Any, Any]:
@@ -75,11 +79,13 @@ def load_model(
     for the experts, too. device_map 'auto' plans: what is dense goes to the accelerators with as many experts as
     there is room for beside a cache of max_model_len tokens, the other experts to the host. max_memory caps
     what a device may hold, as in {0: "20GiB", "cpu": "60GiB"}; accelerators that it does not name are not used.
-    dtype is what is computed in. announce hears the plan before anything is read, and what it took;
-    progress draws a bar on stderr.
+    dtype is what is computed in. mxfp4_kernels 'auto' runs experts in MXFP4 on transformers' kernels on a GPU where
+    these agree with ours and are faster; such a model cannot be saved or trained, with 'never' it can. announce
+    hears the plan before anything is read, and what it took; progress draws a bar on stderr.
     Raises UsageError, CheckpointError, UnsupportedError, DoesNotFitError; it never warns and goes on.
     """
     say = announce or (lambda line: None)
+    check_choice(mxfp4_kernels)
     with open_checkpoint(path) as checkpoint:
         recipe, dtype = _wanted(checkpoint, scheme, quantization_config, dtype)
         plan = plan_quantize(checkpoint, recipe)
@@ -101,6 +107,8 @@ def load_model(
                 "for every token, which is slow")  # fmt: skip
         started = time.monotonic()
         model = _load(checkpoint, plan, devices, computed, attention.implementation, progress)
+        if mxfp4_kernels != NEVER:
+            use_mxfp4_kernels(model, working_bytes(plan, workload) + kv_cache_bytes(plan, workload), say)
         seconds = time.monotonic() - started
         tokenizer = load_tokenizer(checkpoint.folder)
         say(f"loaded in {seconds:.1f} s; peak host memory {size(_peak_host_memory())}, mapped files included")
@@ -244,6 +252,9 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    for module in model.modules():
+        if isinstance(module, KernelExperts):
+            yield from module.packed()
     for parameter in model.parameters():
         yield parameter
         state = getattr(parameter, "quant_state", None)
