@@ -9,6 +9,8 @@ import torch
 from kernels_stand_in import Behaviour, stand_in
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from gpu_check_case import Setting, SkipCase
+from gpu_check_tiny import check_kernels
 from ossquant.errors import OssquantError, UnsupportedError, UsageError
 from ossquant.runtime import mxfp4_kernels
 from ossquant.runtime.experts import NativeMxfp4Experts
@@ -244,6 +246,19 @@ def test_an_adapter_works(trained: Path, tmp_path: Path, install: Install) -> No
     adapted = LoraConfig(target_modules=[], target_parameters=["mlp.router.weight"])
     with pytest.raises(UnsupportedError, match="adapted router"):
         logits(get_peft_model(model, adapted))
+
+
+def test_check_of_a_gpu(trained: Path, tmp_path: Path, install: Install) -> None:
+    """scripts/gpu_check's check passes with right kernels, fails with wrong ones, and is skipped without a GPU."""
+    setting = Setting("cpu", trained, tmp_path)
+    behaviour = install()
+    right = check_kernels(setting, "mxfp4", capability_of=lambda device: HOPPER)
+    assert not right.faults
+    assert right.figures["used"] is True and right.bounds["error"]
+    behaviour.slip = "no bias"
+    assert "used: no" in check_kernels(setting, "mxfp4", capability_of=lambda device: HOPPER).faults
+    with pytest.raises(SkipCase, match="CUDA GPU"):
+        check_kernels(setting, "mxfp4")
 
 
 def test_never(trained: Path) -> None:
