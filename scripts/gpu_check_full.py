@@ -50,13 +50,14 @@ _DRY_PROMPTS, _DRY_SWEEP = (16, 96), (1, 32)
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with its plan, the checkpoint it came from, and the seconds that loading and `cat` took."""
+    """A model with its plan, the checkpoint it came from, the seconds of loading and of `cat`, and what was said."""
 
     model: Any
     plan: Plan
     source: Path
     seconds: float
     cat_seconds: float
+    said: list[str]
 
 
 def cases() -> Iterator[Case]:
@@ -240,6 +241,7 @@ def _judge(setting: Setting, findings: Findings, name: str, value: float, low: f
 
 
 def _note_loading(findings: Findings, loaded: Loaded) -> None:
+    findings.note("said", loaded.said)  # the attention and the kernels among it
     findings.note("load_seconds", loaded.seconds)
     findings.note("cat_seconds", loaded.cat_seconds)
     findings.note("file_bytes", sum(file.stat().st_size for file in loaded.source.glob("*.safetensors")))
@@ -280,10 +282,11 @@ def _load(setting: Setting, of: str, plan: Plan, **arguments: Any) -> Loaded:
     cat_seconds = _cat_seconds(folder)
     _forget(folder)
     started = time.monotonic()
-    model, _ = load_model(folder, **arguments)
+    said: list[str] = []
+    model, _ = load_model(folder, announce=said.append, **arguments)
     if not setting.dry:
         torch.cuda.synchronize()
-    return Loaded(model, plan, folder, time.monotonic() - started, cat_seconds)
+    return Loaded(model, plan, folder, time.monotonic() - started, cat_seconds, said)
 
 
 def _cat_seconds(folder: Path) -> float:

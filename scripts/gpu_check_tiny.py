@@ -17,7 +17,10 @@ from ossquant.recipe import built_in
 from ossquant.runtime.attention import IMPLEMENTATIONS
 from ossquant.runtime.dispatch import NEVER
 from ossquant.runtime.generate import generate
+from ossquant.runtime.kernel_experts import KernelExperts
 from ossquant.runtime.load import DTYPES, load_model, placement
+from ossquant.runtime.mxfp4_kernels import NEVER as NO_KERNELS
+from ossquant.runtime.mxfp4_kernels import CapabilityOf, cuda_capability, obstacle, use_mxfp4_kernels
 
 sys.path.append(str(ROOT / "tests/runtime"))  # the reference is the tests'
 from reference import reference_model
@@ -32,6 +35,7 @@ DECODED = 4  # tokens computed one by one, on kernels for a single row
 QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."
 NEW_TOKENS = 48
 LIMIT = 90.0
+KERNELS_LIMIT = 300.0  # triton compiles them
 LAYERS = 4
 
 
@@ -45,6 +49,8 @@ def cases() -> Iterator[Case]:
                 yield Case(f"tiny/{scheme}/{dtype}/{source}", "tiny", LIMIT, run)
     for name in IMPLEMENTATIONS:
         yield Case(f"tiny/attention/{name}", "tiny", LIMIT, partial(check_attention, implementation=name))
+    for scheme in ("mxfp4", "hybrid"):
+        yield Case(f"tiny/kernels/{scheme}", "tiny", KERNELS_LIMIT, partial(check_kernels, scheme=scheme))
     for scheme, way in (
         *((scheme, way) for scheme in ("mxfp4", "hybrid") for way in ("host", "streamed", "measured", "disk")),
         ("nf4", "host"),
@@ -80,6 +86,27 @@ def check_attention(setting: Setting, implementation: str) -> Findings:
         raise SkipCase(str(error)) from error
     _compare(findings, model, "hybrid", "bfloat16", setting.main_device)
     findings.holds("answers", _ask(model, tokenizer).final == ANSWER)
+    return findings
+
+
+def check_kernels(setting: Setting, scheme: str, capability_of: CapabilityOf = cuda_capability) -> Findings:
+    """Experts on transformers' MXFP4 kernels: every layer, with our own logits, answer and count of bytes."""
+    arguments = _source(setting, scheme, "bfloat16", "published")
+    model, tokenizer = load_model(device_map=setting.main_device, mxfp4_kernels=NO_KERNELS, **arguments)
+    plain, before = _logits(model), placement(model)
+    capability = capability_of(torch.device(setting.main_device))
+    reason = obstacle(capability, model.dtype, model.model.layers[0].mlp, model.config)
+    if reason:
+        raise SkipCase(reason)
+    findings = Findings()
+    said: list[str] = []
+    use_mxfp4_kernels(model, 0, said.append, capability_of=capability_of)
+    findings.note("said", said)
+    findings.holds("used", all(isinstance(layer.mlp.experts, KernelExperts) for layer in model.model.layers))
+    findings.note("error_beside_ours", _error(_logits(model), plain))
+    _compare(findings, model, scheme, "bfloat16", setting.main_device)
+    findings.holds("answers", _ask(model, tokenizer).final == ANSWER)
+    findings.holds("placement_unchanged", placement(model) == before)
     return findings
 
 

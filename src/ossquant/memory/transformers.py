@@ -66,7 +66,7 @@ def kv_cache_bytes_of_layer(plan: Plan, workload: Workload, layer: int) -> int:
 
 def _weights(plan: Plan, device: Device) -> Term:
     nbytes = plan.nbytes
-    # `ossquant run` keeps the published blocks as they are, transformers' own kernels do not
+    # where `ossquant run` puts them on transformers' kernels, it takes no more than is free beside the cache
     if plan.scheme(Role.EXPERTS).format == "mxfp4" and not plan.has_bnb and device.compute_capability == (9, 0):
         grown = nbytes + int((_HOPPER_GROWTH - 1) * plan.role_nbytes[Role.EXPERTS])
         return band(nbytes, nbytes, grown, "measured")

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ossquant.errors import UsageError
 from ossquant.runtime import sink_attention
 from ossquant.runtime.fixed_cache import FixedCache, PromptCache
+from ossquant.runtime.kernel_experts import KernelMlp
 
 LEAST_SPAN = 1024  # slots that a graph's attention looks at; other graphs look at twice, four times, ... as many
 TOLERANCE = 1e-3  # of logits, by norm: kernels may be chosen otherwise for a capture
@@ -176,6 +177,15 @@ class Decoder:
             return replay
         logger.warning("decoding without a CUDA graph: its logits are off by %.1g here; please report it", distance)
         return plain
+
+
+def attach_decoder(model: Any, max_model_len: int) -> str | None:
+    """Give a model that lies on one device its decoder; returns a line that says so if it is one of CUDA graphs."""
+    mlps = [layer.mlp for layer in model.model.layers]
+    asks_nothing = all(isinstance(mlp, KernelMlp) or getattr(mlp.experts, "chosen", None) for mlp in mlps)
+    capture = capture_cuda_graph if model.device.type == "cuda" and asks_nothing else None
+    setattr(model, ATTRIBUTE, Decoder(model, max_model_len, capture))
+    return "tokens are decoded by CUDA graphs, each checked when it is captured" if capture else None
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from ossquant.checkpoint.reader import Checkpoint, open_checkpoint
 from ossquant.errors import CheckpointError, UnsupportedError, UsageError
 from ossquant.layout import Role
 from ossquant.memory.terms import Workload
+from ossquant.memory.transformers import kv_cache_bytes, working_bytes
 from ossquant.place import DISK, DevicePlan
 from ossquant.plan import QUANTIZED, Plan
 from ossquant.quantize import plan_quantize, quantization_config
@@ -28,9 +29,11 @@ from ossquant.recipe import Recipe, built_in
 from ossquant.runtime.attention import choose_attention
 from ossquant.runtime.bnb_config import recipe_from_bitsandbytes
 from ossquant.runtime.decode_kernels import use_decode_kernels
-from ossquant.runtime.decoder import ATTRIBUTE, Decoder, capture_cuda_graph
+from ossquant.runtime.decoder import attach_decoder
 from ossquant.runtime.devices import place
 from ossquant.runtime.dispatch import dispatch
+from ossquant.runtime.kernel_experts import KernelExperts
+from ossquant.runtime.mxfp4_kernels import AUTO, NEVER, check_choice, use_mxfp4_kernels
 from ossquant.runtime.quantizer import METHOD, parameters_4bit
 from ossquant.units import count, nearest, size
 
@@ -66,6 +69,7 @@ def load_model(
     max_model_len: int = DEFAULT_CONTEXT,
     dtype: str | torch.dtype = "auto",
     attn_implementation: str = "auto",
+    mxfp4_kernels: str = AUTO,
     announce: Announce | None = None,
     progress: bool = False,
 ) -> tuple[Any, Any]:
@@ -77,11 +81,13 @@ def load_model(
     for the experts, too. device_map 'auto' plans: what is dense goes to the accelerators with as many experts as
     there is room for beside a cache of max_model_len tokens, the other experts to the host. max_memory caps
     what a device may hold, as in {0: "20GiB", "cpu": "60GiB"}; accelerators that it does not name are not used.
-    dtype is what is computed in. announce hears the plan before anything is read, and what it took;
-    progress draws a bar on stderr.
+    dtype is what is computed in. mxfp4_kernels 'auto' runs experts in MXFP4 on transformers' kernels on a GPU where
+    these agree with ours and are faster; such a model cannot be saved or trained, with 'never' it can. announce
+    hears the plan before anything is read, and what it took; progress draws a bar on stderr.
     Raises UsageError, CheckpointError, UnsupportedError, DoesNotFitError; it never warns and goes on.
     """
     say = announce or (lambda line: None)
+    check_choice(mxfp4_kernels)
     with open_checkpoint(path) as checkpoint:
         recipe, dtype = _wanted(checkpoint, scheme, quantization_config, dtype)
         plan = plan_quantize(checkpoint, recipe)
@@ -103,8 +109,12 @@ def load_model(
                 "for every token, which is slow")  # fmt: skip
         started = time.monotonic()
         model = _load(checkpoint, plan, devices, computed, attention.implementation, progress)
-        for line in prepare_decoding(model, devices, workload.max_model_len):
-            say(line)
+        if kernels := use_decode_kernels(model):
+            say(kernels)
+        if mxfp4_kernels != NEVER:
+            use_mxfp4_kernels(model, working_bytes(plan, workload) + kv_cache_bytes(plan, workload), say)
+        if not devices.crosses and (graphs := attach_decoder(model, workload.max_model_len)):
+            say(graphs)
         seconds = time.monotonic() - started
         tokenizer = load_tokenizer(checkpoint.folder)
         say(f"loaded in {seconds:.1f} s; peak host memory {size(_peak_host_memory())}, mapped files included")
@@ -128,20 +138,6 @@ def _wanted(
                 hint="leave quantization_config out, or load the checkpoint it was made of",
             )
     return recipe, compute_dtype if dtype == "auto" else dtype
-
-
-def prepare_decoding(model: nn.Module, devices: DevicePlan, max_model_len: int) -> Iterator[str]:
-    """Set up the fastest way to compute single tokens that works here; gives lines that say what was decided."""
-    kernels = use_decode_kernels(model)
-    if kernels:
-        yield kernels
-    if devices.crosses:
-        return
-    capture = None
-    if model.device.type == "cuda" and all(getattr(layer.mlp.experts, "chosen", None) for layer in model.model.layers):
-        capture = capture_cuda_graph
-        yield "tokens are decoded by CUDA graphs, each checked when it is captured"
-    setattr(model, ATTRIBUTE, Decoder(model, max_model_len, capture))
 
 
 def placement(model: nn.Module) -> Placement:
@@ -262,6 +258,9 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    for module in model.modules():
+        if isinstance(module, KernelExperts):
+            yield from module.packed()
     for parameter in model.parameters():
         yield parameter
         state = getattr(parameter, "quant_state", None)

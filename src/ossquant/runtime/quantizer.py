@@ -25,6 +25,7 @@ from ossquant.layout import Role
 from ossquant.plan import QUANTIZED, Plan, make_plan, read_plan
 from ossquant.recipe import parse_recipe
 from ossquant.runtime.experts import Linear4bitExperts, NativeMxfp4Experts, linear4bit
+from ossquant.runtime.kernel_experts import KernelExperts, cannot_be
 from ossquant.scheme import Scheme, expert_name
 from ossquant.spec import ModelSpec
 
@@ -168,7 +169,9 @@ class OssquantQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         model = self._model()
-        modules = model.modules() if model is not None else ()
+        modules = tuple(model.modules()) if model is not None else ()
+        if any(isinstance(module, KernelExperts) for module in modules):
+            raise cannot_be("saved")
         if any(_is_repacked(module) for module in modules):
             raise UnsupportedError(
                 "this model has run on AVX512-BF16, for which bitsandbytes repacks weights with a loss",
@@ -181,7 +184,8 @@ class OssquantQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return True
+        model = self._model()
+        return model is None or not any(isinstance(module, KernelExperts) for module in model.modules())
 
 
 class LoadBnb4(ConversionOps):
@@ -275,6 +279,8 @@ def parameters_4bit(model: nn.Module) -> int:
 def _module_4bit(module: nn.Module) -> int:
     if isinstance(module, NativeMxfp4Experts):
         return 2 * (module.gate_up_proj_blocks.numel() + module.down_proj_blocks.numel())
+    if isinstance(module, KernelExperts):
+        return module.parameters_4bit
     if isinstance(module, Linear4bit) and getattr(module.weight, "quant_state", None) is not None:
         return 2 * module.weight.numel() if module.weight.dtype == torch.uint8 else 0
     return 0
