@@ -27,9 +27,9 @@ from ossquant.memory.terms import MemoryEstimate, Workload
 from ossquant.place import part_bytes
 from ossquant.plan import Plan, make_plan
 from ossquant.recipe import built_in
-from ossquant.runtime.dispatch import NEVER
 from ossquant.runtime.generate import continue_prompt
 from ossquant.runtime.load import load_model, placement
+from ossquant.runtime.dispatch import NEVER
 from ossquant.spec import ModelSpec
 from ossquant.units import GIB, size
 
@@ -306,9 +306,8 @@ def _cap(plan: Plan) -> int:
     """Device memory to allow: a 24 GB card's, or with room for half of the experts where that would hold them all."""
     workload = Workload(max_model_len=OFFLOAD_CONTEXT)
     half = memory.layer_expert_bytes(plan) * (plan.spec.num_hidden_layers // 2)
-    whole = (
-        sum(part_bytes(plan).values()) + memory.kv_cache_bytes(plan, workload) + memory.working_bytes(plan, workload)
-    )
+    computing = memory.working_bytes(plan, workload) + memory.streaming_bytes(plan)
+    whole = sum(part_bytes(plan).values()) + memory.kv_cache_bytes(plan, workload) + computing
     return min(SMALL_CARD, whole - half)
 
 
