@@ -29,7 +29,7 @@ from ossquant.plan import Plan, make_plan
 from ossquant.recipe import built_in
 from ossquant.runtime.generate import continue_prompt
 from ossquant.runtime.load import load_model, placement
-from ossquant.runtime.dispatch import NEVER
+from ossquant.runtime.trial import NEVER
 from ossquant.spec import ModelSpec
 from ossquant.units import GIB, size
 

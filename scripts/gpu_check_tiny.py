@@ -15,9 +15,9 @@ from ossquant.errors import UnsupportedError
 from ossquant.quantize import quantize
 from ossquant.recipe import built_in
 from ossquant.runtime.attention import IMPLEMENTATIONS
-from ossquant.runtime.dispatch import NEVER
 from ossquant.runtime.generate import generate
 from ossquant.runtime.load import DTYPES, load_model, placement
+from ossquant.runtime.trial import NEVER
 
 sys.path.append(str(ROOT / "tests/runtime"))  # the reference is the tests'
 from reference import reference_model

@@ -100,7 +100,7 @@ def load_model(
             say(f"host memory is too small for {size(devices.nbytes[DISK])} of the experts: they are read from disk "
                 "for every token, which is slow")  # fmt: skip
         started = time.monotonic()
-        model = _load(checkpoint, plan, devices, computed, attention.implementation, progress)
+        model = _load(checkpoint, plan, devices, computed, attention.implementation, progress, say)
         seconds = time.monotonic() - started
         tokenizer = load_tokenizer(checkpoint.folder)
         say(f"loaded in {seconds:.1f} s; peak host memory {size(_peak_host_memory())}, mapped files included")
@@ -179,6 +179,7 @@ def _load(
     dtype: torch.dtype,
     attn_implementation: str,
     progress: bool,
+    say: Announce,
 ) -> Any:
     arguments: dict[str, Any] = {}
     config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
@@ -200,7 +201,7 @@ def _load(
                 f"{checkpoint.folder}: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[0]}",
                 hint="the checkpoint does not belong to this version of transformers; report it",
             )
-    dispatch(model, devices)
+    dispatch(model, devices, say)
     return model
 
 
