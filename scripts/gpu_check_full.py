@@ -1,5 +1,7 @@
 """Full-size random models on a device: memory against the prediction, loading against the disk, rates, offload."""
 
+import copy
+import math
 import os
 import resource
 import subprocess
@@ -13,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from gpu_check_case import Case, Findings, Setting, SkipCase
+from gpu_check_case import HOST, Case, Findings, Setting, SkipCase
 from gpu_check_tiny import experts_away, set_streaming, streaming_from
 from make_checkpoint import TINY, make_checkpoint
 from ossquant.bench.measure import measure
@@ -27,9 +29,11 @@ from ossquant.memory.terms import MemoryEstimate, Workload
 from ossquant.place import part_bytes
 from ossquant.plan import Plan, make_plan
 from ossquant.recipe import built_in
-from ossquant.runtime.dispatch import NEVER
 from ossquant.runtime.generate import continue_prompt
 from ossquant.runtime.load import load_model, placement
+from ossquant.runtime.pinned import cuda_page_lock, lock_parameters
+from ossquant.runtime.streaming import CopiedAhead
+from ossquant.runtime.trial import NEVER
 from ossquant.spec import ModelSpec
 from ossquant.units import GIB, size
 
@@ -43,6 +47,7 @@ RUNS = 3
 LOADED_SLACK = 0.01
 SWEEP = (1, 8, 32, 128, 512, 2048)  # tokens at once
 CHOICE_SLACK = 1.5  # how much slower than the other way the chosen one may be
+OUTPUT_SLACK = 0.02  # how far bf16 on two devices may lie apart, by norm
 DISK_SLACK = 2 * GIB
 SHARD = 5 * 10**9
 _DRY_PROMPTS, _DRY_SWEEP = (16, 96), (1, 32)
@@ -75,6 +80,7 @@ def cases() -> Iterator[Case]:
         yield Case(f"{worker}/load", worker, 300, partial(check_offload, of=of))
         yield Case(f"{worker}/prompt", worker, 240, partial(check_offload_prompt, of=of))
         yield Case(f"{worker}/rates", worker, 240, partial(check_offload_rates, of=of))
+        yield Case(f"{worker}/copies", worker, 180, partial(check_copies, of=of))
         yield Case(f"{worker}/streaming", worker, 240, partial(check_streaming, of=of))
 
 
@@ -170,6 +176,28 @@ def check_streaming(setting: Setting, of: str) -> Findings:
         chosen, other = ("streamed", "on_host") if tokens >= threshold else ("on_host", "streamed")
         ratio = seconds[chosen][tokens] / seconds[other][tokens]
         _judge(setting, findings, f"chosen_by_other_{tokens}_tokens", ratio, 0, CHOICE_SLACK)
+    return findings
+
+
+def check_copies(setting: Setting, of: str) -> Findings:
+    """A layer's experts copied ahead: faster from page-locked memory, and what they compute there and on the host."""
+    findings = Findings()
+    experts = experts_away(_offloaded(setting, of).model)[0]
+    findings.note("page_locked_at_load", all(parameter.is_pinned() for parameter in experts.parameters()))
+    rates = {"pageable": _copy_rate(setting, pageable := copy.deepcopy(experts))}
+    lock = cuda_page_lock(setting.beside_host)
+    if lock is not None:
+        unlock = lock_parameters(pageable, lock)
+        rates["page_locked"] = _copy_rate(setting, pageable)
+        unlock()
+        findings.between("page_locked_by_pageable", rates["page_locked"] / rates["pageable"], 1, math.inf)
+    findings.note("bytes_per_second", rates)
+    here, there = (_output(experts, device) for device in (HOST, setting.beside_host))
+    findings.at_most("error_beside_host", float((there - here).norm() / here.norm()), OUTPUT_SLACK)
+    experts.copied_ahead, before = False, experts.copied_ahead
+    findings.at_most("difference_in_turn", float((_output(experts, setting.beside_host) - there).abs().max()), 0)
+    experts.copied_ahead = before
+    findings.note("copied_ahead", before)
     return findings
 
 
@@ -309,9 +337,8 @@ def _cap(plan: Plan) -> int:
     """Device memory to allow: a 24 GB card's, or with room for half of the experts where that would hold them all."""
     workload = Workload(max_model_len=OFFLOAD_CONTEXT)
     half = memory.layer_expert_bytes(plan) * (plan.spec.num_hidden_layers // 2)
-    whole = (
-        sum(part_bytes(plan).values()) + memory.kv_cache_bytes(plan, workload) + memory.working_bytes(plan, workload)
-    )
+    computing = memory.working_bytes(plan, workload) + memory.streaming_bytes(plan)
+    whole = sum(part_bytes(plan).values()) + memory.kv_cache_bytes(plan, workload) + computing
     return min(SMALL_CARD, whole - half)
 
 
@@ -342,6 +369,31 @@ def _pass_seconds(model: Any, tokens: int) -> float:
         model(prompt, logits_to_keep=1, use_cache=False).logits.sum().item()  # which waits for the device
         times.append(time.perf_counter() - started)
     return min(times[1:])
+
+
+def _copy_rate(setting: Setting, experts: Any) -> float:
+    """Bytes a second of all experts of a layer, through the two buffers; the fastest of some times."""
+    count, times = experts.down_proj_bias.shape[0], []
+    for _ in range(1 + RUNS):
+        stored = CopiedAhead(experts.stacks(), torch.device(setting.beside_host))
+        started = time.perf_counter()
+        stored.expect(range(count))
+        for expert in range(count):
+            parts = stored.take(expert)
+            stored.done(expert)
+        parts[-1].cpu()  # which waits for the device
+        times.append(time.perf_counter() - started)
+    return sum(parameter.nbytes for parameter in experts.parameters()) / min(times[1:])
+
+
+@torch.no_grad()
+def _output(experts: Any, device: str) -> torch.Tensor:
+    """What a layer's experts, each with a token or two, compute on a device."""
+    bias, generator = experts.down_proj_bias, torch.Generator().manual_seed(0)
+    indices = torch.arange(2 * bias.shape[0]).reshape(-1, 2) % bias.shape[0]
+    hidden = torch.randn(len(indices), bias.shape[1], generator=generator).to(bias.dtype)
+    weights = torch.full(indices.shape, 0.5, dtype=bias.dtype)
+    return experts.forward(hidden.to(device), indices.to(device), weights.to(device)).float().cpu()
 
 
 def _need_cache(setting: Setting) -> None:

@@ -1,7 +1,7 @@
 """The small trained model on a device: every mode against transformers' own modules, against the CPU, and spread."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from ossquant.errors import UnsupportedError
 from ossquant.quantize import quantize
 from ossquant.recipe import built_in
 from ossquant.runtime.attention import IMPLEMENTATIONS
-from ossquant.runtime.dispatch import NEVER
 from ossquant.runtime.generate import generate
 from ossquant.runtime.kernel_experts import KernelExperts
 from ossquant.runtime.load import DTYPES, load_model, placement
 from ossquant.runtime.mxfp4_kernels import NEVER as NO_KERNELS
 from ossquant.runtime.mxfp4_kernels import CapabilityOf, cuda_capability, obstacle, use_mxfp4_kernels
+from ossquant.runtime.pinned import cuda_page_lock, lock_parameters
+from ossquant.runtime.trial import NEVER
 
 sys.path.append(str(ROOT / "tests/runtime"))  # the reference is the tests'
 from reference import reference_model
@@ -58,6 +59,8 @@ def cases() -> Iterator[Case]:
     ):
         run = partial(check_placement, scheme=scheme, way=way)
         yield Case(f"placement/{scheme}/{way}", "placement", LIMIT, run)
+    for scheme in ("mxfp4", "hybrid"):
+        yield Case(f"placement/{scheme}/ahead", "placement", LIMIT, partial(check_ahead, scheme=scheme))
 
 
 def check_mode(setting: Setting, scheme: str, dtype: str, source: str) -> Findings:
@@ -141,6 +144,30 @@ def check_placement(setting: Setting, scheme: str, way: str) -> Findings:
     return findings
 
 
+def check_ahead(setting: Setting, scheme: str) -> Findings:
+    """Experts copied ahead, from page-locked memory and from other memory: the very logits of copying them in turn."""
+    if setting.dry and scheme != "mxfp4":
+        raise SkipCase("bitsandbytes has no kernels for torch's lazy backend")
+    findings = Findings()
+    arguments = _source(setting, scheme, "float32", "published")
+    model, _ = load_model(device_map=_device_map(setting, "host"), announce=_host_lines(findings), **arguments)
+    set_streaming(model, 1)
+    logits = {way: _spread_logits(model, ahead=way == "ahead") for way in ("in turn", "ahead")}
+    lock = cuda_page_lock(setting.beside_host)
+    if lock is not None:
+        unlocks = [lock_parameters(experts, lock) for experts in experts_away(model)]
+        findings.holds("page_locked", all(_page_locked(experts) for experts in experts_away(model)))
+        logits["page-locked"] = _spread_logits(model, ahead=True)
+        for unlock in unlocks:
+            unlock()
+        findings.holds("unlocked", not any(_page_locked(experts) for experts in experts_away(model)))
+        logits["unlocked"] = _spread_logits(model, ahead=True)
+    expected = logits.pop("in turn")
+    for way, found in logits.items():
+        findings.at_most(f"difference_{way}", float((found - expected).abs().max()), 0)
+    return findings
+
+
 def prepare(setting: Setting) -> None:
     """Start torch's lazy backend, where it has to stand for a GPU."""
     if setting.dry:
@@ -163,6 +190,29 @@ def set_streaming(model: Any, below: int) -> None:
 def streaming_from(model: Any) -> int:
     """From how many tokens on experts that lie away are streamed; they all share one measured threshold."""
     return int(_streaming_hooks(model)[0].below)
+
+
+def _host_lines(findings: Findings) -> Callable[[str], None]:
+    """Keeps what loading says of experts that lie on the host."""
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        if line.startswith("experts "):
+            lines.append(line)
+            findings.note("said", "; ".join(lines))
+
+    return say
+
+
+def _page_locked(experts: torch.nn.Module) -> bool:
+    return all(parameter.is_pinned() for parameter in experts.parameters())
+
+
+@torch.no_grad()
+def _spread_logits(model: Any, ahead: bool) -> torch.Tensor:
+    for experts in experts_away(model):
+        experts.copied_ahead = ahead
+    return model(_prompt()[:1].to(model.device)).logits.cpu()
 
 
 def _streaming_hooks(model: Any) -> list[Any]:

@@ -9,6 +9,7 @@ from ossquant.memory.transformers import (
     kv_cache_bytes,
     kv_cache_bytes_of_layer,
     layer_expert_bytes,
+    streaming_bytes,
     working_bytes,
 )
 from ossquant.place import DISK, HOST, HOST_RESERVE, DevicePlan, part_bytes, plan_devices, read_device_map
@@ -34,17 +35,18 @@ def on_host(devices: DevicePlan) -> int:
     "gpus", ([80], [24], [16], [12], [8], [24, 24], [12, 24], [24, 12], [12] * 4, [80, 80], [48], [8] * 8)
 )
 def test_no_device_is_overfilled(model: str, scheme: str, gpus: list[int]) -> None:
-    """Weights, the whole cache and room to work stay within every accelerator, and every byte is placed once."""
+    """Weights, cache, room to work and to copy experts stay within every accelerator; every byte is placed once."""
     plan, workload = plan_of(model, scheme), Workload()
     free = {f"cuda:{index}": gigabytes * GIB for index, gigabytes in enumerate(gpus)}
     devices = plan_devices(plan, free | {HOST: PLENTY}, workload)
     assert sum(devices.nbytes.values()) == plan.nbytes == sum(part_bytes(plan).values())
     assert set(devices.layers) <= set(free)
+    computing = working_bytes(plan, workload) + (streaming_bytes(plan) if on_host(devices) else 0)
     spare = 0
     for device, nbytes in free.items():
         here = (layer for layer, placed in enumerate(devices.layers) if placed == device)
         cache = sum(kv_cache_bytes_of_layer(plan, workload, layer) for layer in here)
-        left = nbytes - devices.nbytes.get(device, 0) - working_bytes(plan, workload) - cache
+        left = nbytes - devices.nbytes.get(device, 0) - computing - cache
         assert left >= 0
         spare = max(spare, left)
     if on_host(devices):  # not one more layer's experts would have gone in beside its attention
@@ -62,6 +64,17 @@ def test_the_120b_runs_on_a_card_of_24_gb_and_the_host() -> None:
     assert moved["model.layers.0.mlp.experts"] == HOST
     assert moved["model.layers.35.mlp.experts"] == "cuda:0"
     assert moved["model.embed_tokens"] == moved["lm_head"] == "cuda:0"
+
+
+def test_buffers_for_experts_on_the_host_are_kept_free() -> None:
+    """A card is full to the byte with its weights, cache, room to work, and two experts' buffers."""
+    plan, workload = plan_of("120b"), Workload()
+    planned = plan_devices(plan, {"cuda:0": 23 * GIB, HOST: PLENTY}, workload)
+    full = planned.nbytes["cuda:0"] + kv_cache_bytes(plan, workload) + working_bytes(plan, workload)
+    full += streaming_bytes(plan)
+    for free, more in ((full, 0), (full - 1, 1)):
+        found = plan_devices(plan, {"cuda:0": free, HOST: PLENTY}, workload)
+        assert on_host(found) == on_host(planned) + more
 
 
 def test_everything_on_one_device_where_it_fits() -> None:

@@ -78,7 +78,8 @@ def plan_devices(
         if devices:
             return _with_host(sizes, devices, free.get(HOST, 0), mapped)
     dense = sum(nbytes for part, nbytes in sizes.items() if not part.endswith(_EXPERTS))
-    needed = dense + memory.kv_cache_bytes(plan, workload) + len(accelerators) * memory.working_bytes(plan, workload)
+    working = memory.working_bytes(plan, workload) + memory.streaming_bytes(plan)
+    needed = dense + memory.kv_cache_bytes(plan, workload) + len(accelerators) * working
     room = sum(accelerators.values())
     raise DoesNotFitError(
         f"with all experts on the host {size(needed)} are needed on {', '.join(accelerators)}, {size(room)} are free",
@@ -135,7 +136,7 @@ def _spread(
     plan: Plan, sizes: Mapping[str, int], accelerators: Mapping[str, int], on_host: int, workload: Workload
 ) -> dict[str, str] | None:
     """Fill the accelerators in order, the experts of the first on_host layers left out; None if that fails."""
-    working = memory.working_bytes(plan, workload)
+    working = memory.working_bytes(plan, workload) + (memory.streaming_bytes(plan) if on_host else 0)
     room = iter([(device, nbytes - working) for device, nbytes in accelerators.items()])
     device, left = next(room)
     devices: dict[str, str] = {}

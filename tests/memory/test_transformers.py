@@ -98,6 +98,13 @@ def test_expert_by_expert() -> None:
     assert extra == 2 * 3 * 2880 * 2880
 
 
+def test_buffers_for_experts_on_the_host() -> None:
+    """Experts in MXFP4 on the host are copied through two buffers of one expert each; NF4's are never copied."""
+    for name, nbytes in (("hybrid", 2 * (3 * 2880 * 2880 * 17 // 32 + 2 * 3 * 2880)), ("nf4", 0)):
+        extra = needed("20b", name=name, n_cpu_moe=3).overhead.low - needed("20b", name=name).overhead.low
+        assert extra == nbytes
+
+
 HEADS, GROUPS, HEAD_DIM, HIDDEN = 64, 8, 64, 2880  # of both published models
 
 

@@ -111,7 +111,7 @@ def test_kernels_see_the_weights_of_now(scheme: str, trained: Path) -> None:
     few, many = torch.zeros(FEW_TOKENS, 192), torch.zeros(FEW_TOKENS + 1, 192)
 
     def takes(states: torch.Tensor) -> bool:
-        return experts.chosen.takes(states, experts.parameters_of_experts())
+        return experts.chosen.takes(states, experts.matrices() if scheme == "nf4" else experts.stacks())
 
     with torch.no_grad():
         assert takes(few)

@@ -1,6 +1,7 @@
 """Models on several devices, on the host, and in the files: the same logits, and no byte too many."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ from ossquant.memory.transformers import activation_bytes, kv_cache_bytes
 from ossquant.place import HOST_RESERVE, part_bytes
 from ossquant.plan import make_plan
 from ossquant.recipe import built_in
-from ossquant.runtime.dispatch import NEVER
 from ossquant.runtime.load import DEFAULT_CONTEXT, load_model, placement
+from ossquant.runtime.trial import NEVER
 from ossquant.spec import ModelSpec
 from ossquant.units import GIB
 
@@ -38,6 +39,8 @@ def test_across_devices(stream_from: str, computed_on: list[str] | None, trained
     assert found["same_tokens"]
     assert found["plan"] == "plan: 4.04 MB on lazy:0; 655.36 kB on cpu (experts of 2 of 4 layers)"
     assert found["bytes"] == {"lazy:0": 4040640, "cpu": 655360}
+    (line,) = found["host"]  # nobody but CUDA's driver locks pages
+    assert re.fullmatch(r"experts on the host: (computed there( below \d+ tokens)?|always copied over)(, .*)?", line)
     if computed_on:
         assert found["computed_on"] == computed_on
 

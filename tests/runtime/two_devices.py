@@ -46,6 +46,7 @@ def main() -> None:
         json.dumps(
             {
                 "plan": plan[0],
+                "host": [line for line in plan if line.startswith("experts ")],
                 "bytes": dict(placement(two).bytes_by_device),
                 "computed_on": sorted(computed_on),
                 "error": float((found - expected).abs().max() / expected.abs().max()),

@@ -20,11 +20,12 @@ _HOPPER_GROWTH = 3072 / 2880
 def estimate(plan: Plan, workload: Workload, device: Device, count: int = 1) -> MemoryEstimate:
     """Bytes over count devices that hold whole layers; sequences run as one padded batch."""
     host_weights = layer_expert_bytes(plan) * workload.n_cpu_moe
+    buffers = exact(streaming_bytes(plan) if workload.n_cpu_moe else 0)
     return MemoryEstimate(
         weights=_weights(plan, device).less(host_weights),
         kv_cache=exact(kv_cache_bytes(plan, workload)),
         compute=_activations(plan, workload).times(count),
-        overhead=(driver_context(device) + _allocator(plan)).times(count) + _unfilled(plan, count),
+        overhead=(driver_context(device) + _allocator(plan) + buffers).times(count) + _unfilled(plan, count),
         host_weights=host_weights,
         host_overhead=3 * GIB,  # Python with torch and CUDA libraries, and the shard that is being read
     )
@@ -49,6 +50,13 @@ def activation_bytes(plan: Plan, workload: Workload) -> int:
 def layer_expert_bytes(plan: Plan) -> int:
     """Bytes of one layer's experts, biases included."""
     return (plan.role_nbytes[Role.EXPERTS] + plan.role_nbytes[Role.EXPERT_BIAS]) // plan.spec.num_hidden_layers
+
+
+def streaming_bytes(plan: Plan) -> int:
+    """Bytes of the buffers on a device through which experts on the host are copied: two experts, if in MXFP4."""
+    if plan.scheme(Role.EXPERTS).format != "mxfp4":
+        return 0
+    return 2 * layer_expert_bytes(plan) // plan.spec.num_local_experts
 
 
 def kv_cache_bytes(plan: Plan, workload: Workload) -> int:

@@ -4,7 +4,7 @@ Both take the place of transformers' GptOssExperts and are called like it: hidde
 router_indices and routing_weights (tokens, top_k). Where decode_kernels.py has set chosen, that computes few tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 
 from ossquant.runtime.chosen import ChosenExperts
 from ossquant.runtime.kernels import dequantize_mxfp4
+from ossquant.runtime.streaming import Parts, experts_for
 from ossquant.scheme import Scheme
 
 # gpt-oss' gate; a constant of the model, not of every config.json
@@ -45,7 +46,7 @@ class Linear4bitExperts(nn.Module):
         """What it computes in."""
         return self.down_projs[0].bias.dtype
 
-    def parameters_of_experts(self) -> list[Tensor | None]:
+    def matrices(self) -> list[Tensor | None]:
         """Every expert's weight, then its bias, of gate_up_projs and of down_projs; None where a module has none."""
         return [
             projection._parameters.get(name)
@@ -55,7 +56,7 @@ class Linear4bitExperts(nn.Module):
         ]
 
     def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
-        if self.chosen and self.chosen.takes(hidden_states, self.parameters_of_experts()):
+        if self.chosen and self.chosen.takes(hidden_states, self.matrices()):
             return self.chosen(hidden_states, router_indices, routing_weights)
         return _mix(
             hidden_states, router_indices, routing_weights, self.experts, self.gate,
@@ -64,7 +65,12 @@ class Linear4bitExperts(nn.Module):
 
 
 class NativeMxfp4Experts(nn.Module):
-    """The published MXFP4 bytes, expanded one expert at a time while it computes, on the device of its input."""
+    """The published MXFP4 bytes, expanded one expert at a time while it computes, on the device of its input.
+
+    copied_ahead: whether experts that lie elsewhere are copied there while others compute, or one after the other.
+    """
+
+    copied_ahead = True
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -85,27 +91,29 @@ class NativeMxfp4Experts(nn.Module):
         """What it computes in."""
         return self.down_proj_bias.dtype
 
-    def parameters_of_experts(self) -> list[Tensor | None]:
-        """Blocks, scales and bias of gate_up_proj and of down_proj."""
-        names = (f"{projection}_{part}" for projection in ("gate_up_proj", "down_proj")
-                 for part in ("blocks", "scales", "bias"))  # fmt: skip
-        return [self._parameters.get(name) for name in names]
-
     def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
-        if self.chosen and self.chosen.takes(hidden_states, self.parameters_of_experts()):
+        if self.chosen and self.chosen.takes(hidden_states, self.stacks()):
             return self.chosen(hidden_states, router_indices, routing_weights)
+        stored = experts_for(hidden_states.device, self.stacks(), self.copied_ahead)
 
         def gate_up(expert: int, x: Tensor) -> Tensor:
-            return _linear_mxfp4(
-                x, self.gate_up_proj_blocks[expert], self.gate_up_proj_scales[expert], self.gate_up_proj_bias[expert]
-            )
+            return _linear_mxfp4(x, *stored.take(expert)[:3])
 
         def down(expert: int, x: Tensor) -> Tensor:
-            return _linear_mxfp4(
-                x, self.down_proj_blocks[expert], self.down_proj_scales[expert], self.down_proj_bias[expert]
-            )
+            out = _linear_mxfp4(x, *stored.take(expert)[3:])
+            stored.done(expert)
+            return out
 
-        return _mix(hidden_states, router_indices, routing_weights, self.experts, self.gate, gate_up, down)
+        return _mix(
+            hidden_states, router_indices, routing_weights, self.experts, self.gate, gate_up, down, stored.expect
+        )
+
+    def stacks(self) -> Parts:
+        """Blocks, scales and biases of gate_up_proj, then of down_proj, all experts in one."""
+        return (
+            self.gate_up_proj_blocks, self.gate_up_proj_scales, self.gate_up_proj_bias,
+            self.down_proj_blocks, self.down_proj_scales, self.down_proj_bias,
+        )  # fmt: skip
 
 
 def _linear_mxfp4(x: Tensor, blocks: Tensor, scales: Tensor, bias: Tensor) -> Tensor:
@@ -134,12 +142,14 @@ def _mix(
     gate: _Gate,
     gate_up: ExpertLinear,
     down: ExpertLinear,
+    expect: Callable[[Sequence[int]], None] = lambda experts: None,
 ) -> Tensor:
-    """Send each token through its experts and add up what comes back, by weight."""
+    """Send each token through its experts and add up what comes back, by weight; expect hears first which."""
     mixed = torch.zeros_like(hidden_states)
     chosen, weights = router_indices.reshape(-1), routing_weights.reshape(-1, 1)
     by_expert = chosen.argsort(stable=True)
     counts = torch.bincount(chosen, minlength=experts).tolist()  # the one wait for the device
+    expect([expert for expert, count in enumerate(counts) if count])
     begin = 0
     for expert, count in enumerate(counts):
         if count:

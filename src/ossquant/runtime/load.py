@@ -108,7 +108,7 @@ def load_model(
             say(f"host memory is too small for {size(devices.nbytes[DISK])} of the experts: they are read from disk "
                 "for every token, which is slow")  # fmt: skip
         started = time.monotonic()
-        model = _load(checkpoint, plan, devices, computed, attention.implementation, progress)
+        model = _load(checkpoint, plan, devices, computed, attention.implementation, progress, say)
         if kernels := use_decode_kernels(model):
             say(kernels)
         if mxfp4_kernels != NEVER:
@@ -193,6 +193,7 @@ def _load(
     dtype: torch.dtype,
     attn_implementation: str,
     progress: bool,
+    say: Announce,
 ) -> Any:
     arguments: dict[str, Any] = {}
     config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
@@ -214,7 +215,7 @@ def _load(
                 f"{checkpoint.folder}: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[0]}",
                 hint="the checkpoint does not belong to this version of transformers; report it",
             )
-    dispatch(model, devices)
+    dispatch(model, devices, say)
     return model
 
 
