@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Check ossquant on this machine's CUDA GPU, and write what came out as one JSON.
 
-    scripts/gpu_check                                     9 minutes: tiny, placement, 20b, then 120b
-    scripts/gpu_check --parts tiny,placement              the small trained model, every mode
+    scripts/gpu_check                                     9 minutes: tiny, placement, decode, 20b, then 120b
+    scripts/gpu_check --parts tiny,placement,decode       the small trained model, every mode
     scripts/gpu_check --parts 20b --scratch /mnt/fast     16 GB of disk
     scripts/gpu_check --parts 120b --minutes 30           67 GB of disk
     scripts/gpu_check --device cpu --output dry.json      no GPU: tests the script alone, on tiny models
 
 tiny: logits, decoding and greedy tokens of every mode, dtype and source against transformers' fp32 modules and the
-CPU. placement: experts on the host, streamed or in the files, and several GPUs, against one device. 20b and 120b:
+CPU. placement: experts on the host, streamed or in the files, and several GPUs, against one device. decode: Triton's
+kernels and CUDA graphs against computing the plain way. 20b and 120b:
 random models of the published shapes; memory against fit's prediction, loading beside `cat`, rates, offload.
 Each check runs under a limit of its own in a process that may die; the next ones run all the same. When the minutes
 are over, what is left is "not run". A checkpoint that was not finished goes on at the next call with --scratch.
@@ -38,7 +39,7 @@ from typing import Any, NoReturn
 
 from gpu_check_case import HOST, ROOT, TRAINED
 
-PARTS = ("tiny", "placement", "20b", "120b")
+PARTS = ("tiny", "placement", "decode", "20b", "120b")
 RESULTS = ROOT / "tests/gpu/results"
 STATUSES = ("passed", "failed", "skipped", "not run")
 STARTING = 90.0  # seconds to import torch and the rest, on a cold disk

@@ -251,6 +251,8 @@ def _rates(setting: Setting, loaded: Loaded, workload: Workload) -> Findings:
     measured = measure(loaded.model, prompt_tokens=prompt, new_tokens=DECODE, runs=RUNS)
     roof = (device.bandwidth_gbps or 10**9) * 1e9 / _bytes_per_token(plan)
     _judge(setting, findings, "decode_tokens_per_second", measured.decode_tokens_per_second, 1e-3, roof)
+    plainly = measure(loaded.model, prompt_tokens=prompt, new_tokens=DECODE, runs=RUNS, cache="dynamic")
+    findings.note("decode_tokens_per_second_without_graphs", plainly.decode_tokens_per_second)
     findings.note("prompt_tokens", prompt)
     findings.note("prefill_tokens_per_second", measured.prefill_tokens_per_second)
     findings.note("ttft_seconds", measured.ttft)

@@ -19,6 +19,7 @@ import psutil
 import pynvml
 import torch
 
+import gpu_check_decode
 import gpu_check_full
 import gpu_check_tiny
 from gpu_check_case import Case, Setting, SkipCase
@@ -29,7 +30,8 @@ PACKAGES = ("torch", "bitsandbytes", "transformers", "accelerate", "triton", "nu
 
 def cases() -> dict[str, Case]:
     """Every check by name, in the order in which they are worth having."""
-    return {case.name: case for case in (*gpu_check_tiny.cases(), *gpu_check_full.cases())}
+    every = (*gpu_check_tiny.cases(), *gpu_check_decode.cases(), *gpu_check_full.cases())
+    return {case.name: case for case in every}
 
 
 def describe() -> dict[str, Any]:

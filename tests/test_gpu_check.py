@@ -61,7 +61,7 @@ def test_without_a_gpu_it_says_so() -> None:
 
 def test_a_dry_run_writes_everything(tmp_path: Path) -> None:
     """Placement and the full-size checks on tiny models: versions, and of each check what it found."""
-    code, report = dry_run(tmp_path / "dry.json", "--parts", "placement,20b")
+    code, report = dry_run(tmp_path / "dry.json", "--parts", "placement,decode,20b")
     checks = {check["name"]: check for check in report["checks"]}
     assert code == 0, [check for check in report["checks"] if check["status"] != "passed"]
     assert report["dry_run"]
@@ -76,7 +76,9 @@ def test_a_dry_run_writes_everything(tmp_path: Path) -> None:
     assert checks["placement/mxfp4/host"]["bounds"]["error"] == [0, 1e-5]
     assert checks["placement/mxfp4/ahead"]["bounds"]["difference_ahead"] == [0, 0]
     assert checks["placement/mxfp4/ahead"]["figures"]["said"].startswith("experts on the host: ")
+    assert checks["decode/graphs/nf4"]["bounds"] == {"tokens_equal": True, "answers": True}
     assert checks["20b/offload/copies"]["figures"]["bytes_per_second"]["pageable"] > 0
+    assert checks["decode/graphs/nf4"]["bounds"] == {"tokens_equal": True, "answers": True}
     assert checks["20b/offload/copies"]["bounds"]["difference_in_turn"] == [0, 0]
     load, prompt = checks["20b/nf4/load"]["figures"], checks["20b/nf4/prompt-8192"]["figures"]
     assert load["parameters_in_4_bits"] is True

@@ -104,7 +104,7 @@ class CheckpointCandidate:
         inputs = torch.tensor([list(prompt)], device=self.model.device)
         room = self.model.config.max_position_embeddings - len(prompt)
         output = continue_prompt(
-            self.model, inputs, max_new_tokens=max(1, min(room, sampled.max_new_tokens)), cache="dynamic",
+            self.model, inputs, max_new_tokens=max(1, min(room, sampled.max_new_tokens)), cache="auto",
             eos_token_id=list(sampled.stops), logits_processor=LogitsProcessorList([_Finite(self.facts.name)]),
             **sampling(self.model, sampled.temperature),
         )  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 
 from ossquant.errors import UsageError
 from ossquant.memory.transformers import PREFILL_CHUNK
+from ossquant.runtime.decoder import Cache, decoding
 
 SEED = 0
 now = time.perf_counter
@@ -75,6 +76,7 @@ def measure(
     runs: int,
     warm_up: int = 1,
     seed: int = SEED,
+    cache: Cache = "auto",
     on_run: OnRun = lambda done, total: None,
 ) -> Measurement:
     """Run a seeded random prompt several times, in chunks as `run` does, after warm_up uncounted runs.
@@ -89,12 +91,12 @@ def measure(
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), generator=generator).to(model.device)
     for _ in range(warm_up):
-        _run(model, prompt, new_tokens)
+        _run(model, prompt, new_tokens, cache)
     counted: list[Run] = []
     try:
         while len(counted) < runs:
             on_run(len(counted), runs)
-            counted.append(_run(model, prompt, new_tokens))
+            counted.append(_run(model, prompt, new_tokens, cache))
     except KeyboardInterrupt:
         if not counted:
             raise
@@ -111,19 +113,20 @@ def measure(
 
 
 @torch.inference_mode()
-def _run(model: Any, prompt: torch.Tensor, new_tokens: int) -> Run:
+def _run(model: Any, prompt: torch.Tensor, new_tokens: int, cache: Cache) -> Run:
     _wait(model)
     started = now()
-    cache = None
-    for chunk in prompt.split(PREFILL_CHUNK, dim=1):
-        output = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-    token = _next(output)
-    tokens_at = [now()]
-    for _ in range(new_tokens - 1):
-        output = model(token, past_key_values=cache, use_cache=True)
+    prompt_tokens = prompt.shape[1]
+    with decoding(model, prompt_tokens, prompt_tokens + new_tokens, cache) as past:
+        for chunk in prompt.split(PREFILL_CHUNK, dim=1):
+            output = model(chunk, past_key_values=past, use_cache=True, logits_to_keep=1)
+            past = output.past_key_values
         token = _next(output)
-        tokens_at.append(now())
+        tokens_at = [now()]
+        for _ in range(new_tokens - 1):
+            output = model(token, past_key_values=past, use_cache=True)
+            token = _next(output)
+            tokens_at.append(now())
     return Run(started, tuple(tokens_at))
 
 

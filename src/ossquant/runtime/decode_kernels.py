@@ -68,17 +68,23 @@ def _bitsandbytes(layer: Linear4bitExperts) -> tuple[Matrices, Matrices]:
     return gate_up, down
 
 
+def plain_and_chosen(layer: Experts, chosen: ChosenExperts, tokens: int) -> tuple[Tensor, Tensor]:
+    """What a layer that has no kernels, and they, give for random tokens: float32 (tokens, hidden)."""
+    call = _call(layer, tokens)
+    with torch.inference_mode():
+        return layer(*call).float(), chosen(*call).float()
+
+
 def _try(layer: Experts, clock: Clock) -> tuple[float, float]:
     """How far the kernels are from the plain way, and how many times as fast for one token."""
     chosen = chosen_experts(layer)
-    with torch.inference_mode():
-        errors = []
-        for tokens in (FEW_TOKENS, 1):
-            call = _call(layer, tokens)
-            expected = layer(*call).float()
-            errors.append(float((chosen(*call).float() - expected).norm() / expected.norm()))
-        times_as_fast = _seconds(layer, call, clock) / _seconds(chosen, call, clock)
-    return max(errors, key=lambda error: (error != error, error)), times_as_fast
+    errors = []
+    for tokens in (1, FEW_TOKENS):
+        plain, found = plain_and_chosen(layer, chosen, tokens)
+        errors.append((found - plain).norm() / plain.norm())
+    call = _call(layer, 1)
+    # torch's max is NaN if one is
+    return torch.stack(errors).max().item(), _seconds(layer, call, clock) / _seconds(chosen, call, clock)
 
 
 def _call(layer: Experts, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,6 +98,7 @@ def _call(layer: Experts, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     return states.to(device, dtype), indices.to(device), weights.to(device, dtype)
 
 
+@torch.inference_mode()
 def _seconds(experts: Any, call: tuple[Tensor, Tensor, Tensor], clock: Clock) -> float:
     """The fastest of some calls."""
     times = []

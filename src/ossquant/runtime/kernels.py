@@ -29,16 +29,16 @@ def _expander(device: torch.device) -> Expander:
     if device.type == "cpu":
         return _expand_on_cpu
     if device.type != "cuda" or find_spec("triton") is None:
-        return _expand_with_torch
+        return expand_with_torch
     blocks, scales = every_mxfp4(device)
     try:
-        same = torch.equal(expand_with_triton(blocks, scales), _expand_with_torch(blocks, scales))
+        same = torch.equal(expand_with_triton(blocks, scales), expand_with_torch(blocks, scales))
     except triton_failures() as error:
         logger.warning("MXFP4 is expanded by torch: Triton failed here: %s", error)
-        return _expand_with_torch
+        return expand_with_torch
     if not same:
         logger.warning("MXFP4 is expanded by torch: Triton gives other bits here; please report it")
-    return expand_with_triton if same else _expand_with_torch
+    return expand_with_triton if same else expand_with_torch
 
 
 def every_mxfp4(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,8 @@ def mxfp4_values(device: torch.device) -> Tensor:
     return torch.tensor([*mxfp4.MAGNITUDES, *-mxfp4.MAGNITUDES], dtype=torch.float32, device=device)
 
 
-def _expand_with_torch(blocks: Tensor, scales: Tensor) -> Tensor:
+def expand_with_torch(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Expand MXFP4 to bf16 on any device: blocks (out, G, 16), scales (out, G)."""
     decoded = _decoded(blocks.device)
     codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)
     index = scales.to(torch.int32).unsqueeze(-1) * 16 + codes
