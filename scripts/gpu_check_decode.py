@@ -16,7 +16,6 @@ from ossquant.runtime.decoder import ATTRIBUTE, Cache
 from ossquant.runtime.generate import continue_prompt, generate
 from ossquant.runtime.kernels import every_mxfp4, expand_with_torch, expand_with_triton
 from ossquant.runtime.load import DTYPES, load_model
-from ossquant.runtime.mxfp4_kernels import NEVER
 from ossquant.runtime.warmup import warm_up
 
 SCHEMES = ("mxfp4", "hybrid", "nf4", "fp4")
@@ -90,7 +89,7 @@ def check_graphs(setting: Setting, scheme: str) -> Findings:
 
 def _load(setting: Setting, scheme: str, dtype: str, said: list[str]) -> tuple[Any, Any]:
     return load_model(
-        setting.tiny, scheme=scheme, dtype=dtype, device_map=setting.main_device, mxfp4_kernels=NEVER,
+        setting.tiny, scheme=scheme, dtype=dtype, device_map=setting.main_device, kernels="own",
         announce=said.append,
     )  # fmt: skip
 

@@ -18,7 +18,6 @@ from ossquant.runtime.attention import IMPLEMENTATIONS
 from ossquant.runtime.generate import generate
 from ossquant.runtime.kernel_experts import KernelExperts
 from ossquant.runtime.load import DTYPES, load_model, placement
-from ossquant.runtime.mxfp4_kernels import NEVER as NO_KERNELS
 from ossquant.runtime.mxfp4_kernels import CapabilityOf, cuda_capability, obstacle, use_mxfp4_kernels
 from ossquant.runtime.pinned import cuda_page_lock, lock_parameters
 from ossquant.runtime.trial import NEVER
@@ -95,7 +94,7 @@ def check_attention(setting: Setting, implementation: str) -> Findings:
 def check_kernels(setting: Setting, scheme: str, capability_of: CapabilityOf = cuda_capability) -> Findings:
     """Experts on transformers' MXFP4 kernels: every layer, with our own logits, answer and count of bytes."""
     arguments = _source(setting, scheme, "bfloat16", "published")
-    model, tokenizer = load_model(device_map=setting.main_device, mxfp4_kernels=NO_KERNELS, **arguments)
+    model, tokenizer = load_model(device_map=setting.main_device, kernels="own", **arguments)
     plain, before = _logits(model), placement(model)
     capability = capability_of(torch.device(setting.main_device))
     reason = obstacle(capability, model.dtype, model.model.layers[0].mlp, model.config)

@@ -27,7 +27,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 from ossquant import load_model
 from ossquant.runtime.decode_kernels import use_decode_kernels
 model, _ = load_model(sys.argv[1], scheme="hybrid")
-print(use_decode_kernels(model, "cpu"))
+use_decode_kernels(model, print, "cpu")
 print([layer.mlp.experts.chosen for layer in model.model.layers])
 """
 
@@ -43,6 +43,14 @@ def model(trained: Path) -> Any:
     return load_model(trained, scheme="nf4", dtype="float32")[0]
 
 
+def decided(model: Any, **options: Any) -> str:
+    """The line that says what was decided."""
+    said: list[str] = []
+    use_decode_kernels(model, said.append, CPU, **options)
+    (line,) = said
+    return line
+
+
 def chosen(model: Any) -> list[bool]:
     return [layer.mlp.experts.chosen is not None for layer in model.model.layers]
 
@@ -55,8 +63,8 @@ def test_right_kernels_are_used(scheme: str, dtype: str, trained: Path) -> None:
     keep_layout(model)
     # five calls of one second in the plain way, then five of a tenth
     ticks = accumulate(chain([0.0], [1.0, 0.0] * 4, [1.0, 0.0], [0.1, 0.0] * 5))
-    said = use_decode_kernels(model, CPU, clock=lambda: next(ticks))
-    assert said is not None and said.startswith("experts by Triton's kernels: checked here, off by ")
+    said = decided(model, clock=lambda: next(ticks))
+    assert said.startswith("experts by Triton's kernels: checked here, off by ")
     assert "10.0 times as fast" in said
     assert chosen(model) == [True] * 4
 
@@ -70,8 +78,8 @@ def keep_layout(model: Any) -> None:
 
 def test_slow_kernels_are_left(model: Any) -> None:
     """The interpreter agrees and is a thousand times slower: it is said, and every layer computes as before."""
-    said = use_decode_kernels(model, CPU)
-    assert said is not None and said.startswith("experts are asked for one by one: Triton's kernels are 0.0")
+    said = decided(model)
+    assert said.startswith("experts are asked for one by one: Triton's kernels are 0.0")
     assert chosen(model) == [False] * 4
 
 
@@ -83,8 +91,8 @@ def test_wrong_kernels_are_left(trained: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(expert_kernels, "_power_of_two", InterpretedFunction(doubled))
     model, _ = load_model(trained, scheme="hybrid", dtype="float32")
-    said = use_decode_kernels(model, CPU)
-    assert said is not None and "Triton's kernels are off by" in said
+    said = decided(model)
+    assert "Triton's kernels are off by" in said
     assert chosen(model) == [False] * 4
 
 
@@ -98,8 +106,10 @@ def test_failing_kernels_are_left(trained: Path) -> None:
 
 def test_no_experts_no_word(trained: Path) -> None:
     """On the CPU, and in bf16, there is nothing to decide."""
-    assert use_decode_kernels(load_model(trained, scheme="nf4")[0]) is None
-    assert use_decode_kernels(load_model(trained, scheme="bf16")[0], CPU) is None
+    said: list[str] = []
+    use_decode_kernels(load_model(trained, scheme="nf4")[0], said.append)
+    use_decode_kernels(load_model(trained, scheme="bf16")[0], said.append, CPU)
+    assert said == []
 
 
 @pytest.mark.parametrize("scheme", ("hybrid", "nf4"))

@@ -218,7 +218,7 @@ def test_what_it_cannot_do_is_refused(trained: Path, tmp_path: Path, install: In
     install()
     model, _ = load_model(trained, scheme="mxfp4")
     decide(model)
-    hint = "mxfp4_kernels='never'"
+    hint = "kernels='own'"
     with pytest.raises(UnsupportedError, match="cannot be saved") as caught:
         model.save_pretrained(tmp_path / "saved")
     assert hint in caught.value.hint
@@ -261,11 +261,11 @@ def test_check_of_a_gpu(trained: Path, tmp_path: Path, install: Install) -> None
         check_kernels(setting, "mxfp4")
 
 
-def test_never(trained: Path) -> None:
-    """'never' leaves all as it is; another word is a UsageError before anything is read."""
-    model, _ = load_model(trained, scheme="mxfp4", mxfp4_kernels="never")
+def test_own_kernels_alone(trained: Path) -> None:
+    """'own' leaves all as it is; another word is a UsageError before anything is read."""
+    model, _ = load_model(trained, scheme="mxfp4", kernels="own")
     assert kinds(model) == [NativeMxfp4Experts] * 4
-    with pytest.raises(UsageError, match="mxfp4_kernels 'nevre'") as caught:
-        load_model("/nowhere", mxfp4_kernels="nevre")
+    with pytest.raises(UsageError, match="kernels 'nevre'") as caught:
+        load_model("/nowhere", kernels="nevre")
     assert "never" in caught.value.hint
     assert isinstance(caught.value, OssquantError)

@@ -16,6 +16,7 @@ from ossquant.cli.options import (
     Effort,
     GateOption,
     JsonOption,
+    KernelsOption,
     MaxMemoryOption,
     SchemeOption,
 )
@@ -55,6 +56,7 @@ def bench(
     max_memory: MaxMemoryOption = None,
     dtype: DtypeOption = "auto",
     attn_implementation: AttentionOption = "auto",
+    kernels: KernelsOption = "auto",
     model: Annotated[str | None, typer.Option(help="Which of the server's models.")] = None,
     concurrency: Annotated[str, typer.Option(help="Requests in flight, such as 1,16,128: a scenario each.")] = "",
     rate: Annotated[str, typer.Option(help="Requests a second, such as 0.5,2: a scenario each.")] = "",
@@ -136,7 +138,7 @@ def bench(
     else:
         _refuse_load(asked)
         loading = {"scheme": scheme, "device_map": device_map, "max_memory": max_memory, "dtype": dtype,
-                   "attn_implementation": attn_implementation}  # fmt: skip
+                   "attn_implementation": attn_implementation, "kernels": kernels}  # fmt: skip
         measured = _checkpoint(target, asked, loading)
     _tell(measured, output, save_text, as_json)
 

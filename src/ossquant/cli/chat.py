@@ -16,6 +16,7 @@ from ossquant.cli.options import (
     DtypeOption,
     Effort,
     EffortOption,
+    KernelsOption,
     MaxMemoryOption,
     MaxModelLenOption,
     MaxNewTokensOption,
@@ -78,6 +79,7 @@ def chat(
     max_model_len: MaxModelLenOption = DEFAULT_MODEL_LEN,
     dtype: DtypeOption = "auto",
     attn_implementation: AttentionOption = "auto",
+    kernels: KernelsOption = "auto",
     system: SystemOption = None,
     max_new_tokens: MaxNewTokensOption = 4096,
     temperature: Annotated[float, typer.Option(min=0, help="1 as gpt-oss is sampled; 0: the likeliest token.")] = 1.0,
@@ -95,7 +97,8 @@ def chat(
 
     talk = Chat(system, max_new_tokens, temperature, reasoning_effort, analysis)
     loaded = load(checkpoint, warmup=warmup, max_memory=max_memory, max_model_len=max_model_len, scheme=scheme,
-                  device_map=device_map, dtype=dtype, attn_implementation=attn_implementation)  # fmt: skip
+                  device_map=device_map, dtype=dtype, attn_implementation=attn_implementation,
+                  kernels=kernels)  # fmt: skip
     for line in _lines():
         if line.split()[:1] == ["/exit"] and line.startswith("/"):
             return

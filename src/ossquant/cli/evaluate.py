@@ -12,6 +12,7 @@ from ossquant.cli.options import (
     DtypeOption,
     EffortOption,
     JsonOption,
+    KernelsOption,
     MaxMemoryOption,
 )
 from ossquant.errors import UsageError
@@ -50,6 +51,7 @@ def evaluate(
     max_memory: MaxMemoryOption = None,
     dtype: DtypeOption = "auto",
     attn_implementation: AttentionOption = "auto",
+    kernels: KernelsOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Hold checkpoints against the one they were made of, token by token.
@@ -73,7 +75,7 @@ def evaluate(
     from ossquant.cli.loading import caps
 
     options: dict[str, Any] = {"device_map": device_map, "max_memory": caps(max_memory), "dtype": dtype,
-                               "attn_implementation": attn_implementation}  # fmt: skip
+                               "attn_implementation": attn_implementation, "kernels": kernels}  # fmt: skip
     settings = Settings(
         text=text, reference=reference, prompts=prompts, max_new_tokens=max_new_tokens, temperature=temperature,
         seed=seed, reasoning_effort=reasoning_effort, window=window, answers=answers, speed=speed,

@@ -21,6 +21,11 @@ DEFAULT_MODEL_LEN = 8192
 DtypeOption = Annotated[str, typer.Option(help="What is computed in: auto, bfloat16, float32 or float16.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 AttentionOption = Annotated[str, typer.Option(help="auto, eager or flash_attention_4.")]
+Kernels = Literal["auto", "own", "never"]
+KernelsOption = Annotated[
+    Kernels,
+    typer.Option(help="On a GPU: what is faster there, the same without the hub's kernels, or none and no graphs."),
+]
 MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Stop an answer after so many tokens.")]
 Effort = Literal["low", "medium", "high"]
 EffortOption = Annotated[Effort, typer.Option(help="How long it thinks.")]

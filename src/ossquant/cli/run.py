@@ -14,6 +14,7 @@ from ossquant.cli.options import (
     DtypeOption,
     EffortOption,
     JsonOption,
+    KernelsOption,
     MaxMemoryOption,
     MaxModelLenOption,
     MaxNewTokensOption,
@@ -40,6 +41,7 @@ def run(
     max_model_len: MaxModelLenOption = DEFAULT_MODEL_LEN,
     dtype: DtypeOption = "auto",
     attn_implementation: AttentionOption = "auto",
+    kernels: KernelsOption = "auto",
     system: SystemOption = None,
     max_new_tokens: MaxNewTokensOption = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token; gpt-oss is sampled at 1.")] = 0.0,
@@ -58,7 +60,8 @@ def run(
     from ossquant.runtime.generate import Interrupted, generate
 
     loaded = load(checkpoint, warmup=warmup, max_memory=max_memory, max_model_len=max_model_len, scheme=scheme,
-                  device_map=device_map, dtype=dtype, attn_implementation=attn_implementation)  # fmt: skip
+                  device_map=device_map, dtype=dtype, attn_implementation=attn_implementation,
+                  kernels=kernels)  # fmt: skip
     speech = None if as_json else Speech(analysis)
     try:
         reply = generate(

@@ -10,6 +10,7 @@ from ossquant.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    KernelsOption,
     MaxMemoryOption,
     MaxModelLenOption,
     SchemeOption,
@@ -27,6 +28,7 @@ def warmup(
     max_model_len: MaxModelLenOption = DEFAULT_MODEL_LEN,
     dtype: DtypeOption = "auto",
     attn_implementation: AttentionOption = "auto",
+    kernels: KernelsOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Load a checkpoint, warm it up, and say what that took and what it saved.
@@ -40,7 +42,8 @@ def warmup(
     from ossquant.runtime.warmup import warm_up
 
     loaded = load(checkpoint, warmup=False, max_memory=max_memory, max_model_len=max_model_len, scheme=scheme,
-                  device_map=device_map, dtype=dtype, attn_implementation=attn_implementation)  # fmt: skip
+                  device_map=device_map, dtype=dtype, attn_implementation=attn_implementation,
+                  kernels=kernels)  # fmt: skip
     cold = _ttft(loaded.model, loaded.tokenizer)
     warming = warm_up(loaded.model, loaded.tokenizer)
     warm = statistics.median(_ttft(loaded.model, loaded.tokenizer) for _ in range(REQUESTS))

@@ -1,8 +1,7 @@
 """Give a model's experts Triton's kernels for few tokens, where these agree with the plain way and are faster."""
 
 import time
-from collections.abc import Callable
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from ossquant.runtime.chosen import FEW_TOKENS, ChosenExperts, Matrices, bnb_matrices, mxfp4_matrices
 from ossquant.runtime.experts import Linear4bitExperts, NativeMxfp4Experts
-from ossquant.runtime.kernels import mxfp4_values, triton_failures
+from ossquant.runtime.kernels import first_line, mxfp4_values
 
 Experts = Linear4bitExperts | NativeMxfp4Experts
 Clock = Callable[[], float]
@@ -22,25 +21,30 @@ _REPEATS = 5
 _SEED = 0
 
 
-def use_decode_kernels(model: nn.Module, device: str = "cuda", clock: Clock = time.perf_counter) -> str | None:
-    """Have the experts on devices of a type use the kernels; returns what was decided, None if there are no such.
+def use_decode_kernels(
+    model: nn.Module, announce: Callable[[str], None], device: str = "cuda", clock: Clock = time.perf_counter
+) -> None:
+    """Have the experts on devices of a type use the kernels; announce hears what was decided, if there are such.
 
     The first layer on each device tries them out, on its own weights, for one token and for FEW_TOKENS.
     """
     layers = [module for module in model.modules() if isinstance(module, Experts) and _device(module).type == device]
-    if not layers:
-        return None
-    if find_spec("triton") is None:
-        return "experts are asked for one by one: triton is not installed"
+    if layers:
+        announce(_decide(layers, clock))
+
+
+def _decide(layers: Sequence[Experts], clock: Clock) -> str:
+    """Give layers the kernels, or leave them; says which, and why."""
+    left = "experts are asked for one by one: Triton's kernels"
     try:
         trials = [_try(layer, clock) for layer in {_device(layer): layer for layer in reversed(layers)}.values()]
-    except triton_failures() as error:
-        return f"experts are asked for one by one: Triton's kernels failed here: {_first_line(error)}"
+    except Exception as error:  # noqa: BLE001  the compiler, its compiler of C and the driver each have their own
+        return f"{left} failed here: {first_line(error)}"
     far, times_as_fast = max(trial[0] for trial in trials), min(trial[1] for trial in trials)
     if not far <= TOLERANCE[layers[0].dtype]:  # which catches NaN
-        return f"experts are asked for one by one: Triton's kernels are off by {far:.2g} here; please report it"
+        return f"{left} are off by {far:.2g} here; please report it"
     if times_as_fast < 1:
-        return f"experts are asked for one by one: Triton's kernels are {times_as_fast:.2g} times as fast here"
+        return f"{left} are {times_as_fast:.2g} times as fast here"
     for layer in layers:
         layer.chosen = chosen_experts(layer)
     return f"experts by Triton's kernels: checked here, off by {far:.1g}, {times_as_fast:.1f} times as fast for a token"
@@ -111,7 +115,3 @@ def _seconds(experts: Any, call: tuple[Tensor, Tensor, Tensor], clock: Clock) ->
 
 def _device(layer: Experts) -> torch.device:
     return next(layer.parameters()).device
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

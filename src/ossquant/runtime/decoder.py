@@ -179,13 +179,14 @@ class Decoder:
         return plain
 
 
-def attach_decoder(model: Any, max_model_len: int) -> str | None:
-    """Give a model that lies on one device its decoder; returns a line that says so if it is one of CUDA graphs."""
+def attach_decoder(model: Any, max_model_len: int, announce: Callable[[str], None]) -> None:
+    """Give a model that lies on one device its decoder; announce hears of CUDA graphs."""
     mlps = [layer.mlp for layer in model.model.layers]
     asks_nothing = all(isinstance(mlp, KernelMlp) or getattr(mlp.experts, "chosen", None) for mlp in mlps)
     capture = capture_cuda_graph if model.device.type == "cuda" and asks_nothing else None
     setattr(model, ATTRIBUTE, Decoder(model, max_model_len, capture))
-    return "tokens are decoded by CUDA graphs, each checked when it is captured" if capture else None
+    if capture:
+        announce("tokens are decoded by CUDA graphs, each checked when it is captured")
 
 
 @contextmanager

@@ -88,5 +88,5 @@ def empty_experts(config: Any) -> KernelExperts:
 def cannot_be(what: str) -> UnsupportedError:
     """The error of a model whose experts run on the kernels."""
     return UnsupportedError(
-        f"experts on transformers' MXFP4 kernels cannot be {what}", hint="load_model(..., mxfp4_kernels='never')"
+        f"experts on transformers' MXFP4 kernels cannot be {what}", hint="load_model(..., kernels='own')"
     )

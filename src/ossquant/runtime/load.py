@@ -33,11 +33,12 @@ from ossquant.runtime.decoder import attach_decoder
 from ossquant.runtime.devices import place
 from ossquant.runtime.dispatch import dispatch
 from ossquant.runtime.kernel_experts import KernelExperts
-from ossquant.runtime.mxfp4_kernels import AUTO, NEVER, check_choice, use_mxfp4_kernels
+from ossquant.runtime.mxfp4_kernels import use_mxfp4_kernels
 from ossquant.runtime.quantizer import METHOD, parameters_4bit
 from ossquant.units import count, nearest, size
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+KERNELS = ("auto", "own", "never")
 DEFAULT_CONTEXT = 8192  # tokens that the planned cache has room for
 
 # hears what is about to be done, a line each
@@ -69,7 +70,7 @@ def load_model(
     max_model_len: int = DEFAULT_CONTEXT,
     dtype: str | torch.dtype = "auto",
     attn_implementation: str = "auto",
-    mxfp4_kernels: str = AUTO,
+    kernels: str = "auto",
     announce: Announce | None = None,
     progress: bool = False,
 ) -> tuple[Any, Any]:
@@ -81,13 +82,15 @@ def load_model(
     for the experts, too. device_map 'auto' plans: what is dense goes to the accelerators with as many experts as
     there is room for beside a cache of max_model_len tokens, the other experts to the host. max_memory caps
     what a device may hold, as in {0: "20GiB", "cpu": "60GiB"}; accelerators that it does not name are not used.
-    dtype is what is computed in. mxfp4_kernels 'auto' runs experts in MXFP4 on transformers' kernels on a GPU where
-    these agree with ours and are faster; such a model cannot be saved or trained, with 'never' it can. announce
-    hears the plan before anything is read, and what it took; progress draws a bar on stderr.
+    dtype is what is computed in. kernels 'auto' takes, on a GPU, our Triton kernels for few tokens and transformers'
+    for MXFP4 where these, tried there, agree with the plain way and are faster; 'own' leaves transformers' out, which
+    come from the hub and with which a model cannot be saved or trained; 'never' takes neither, and no CUDA graphs.
+    announce hears the plan before anything is read, and what it took; progress draws a bar on stderr.
     Raises UsageError, CheckpointError, UnsupportedError, DoesNotFitError; it never warns and goes on.
     """
     say = announce or (lambda line: None)
-    check_choice(mxfp4_kernels)
+    if kernels not in KERNELS:
+        raise UsageError(f"unknown kernels '{kernels}'", hint=nearest(kernels, KERNELS))
     with open_checkpoint(path) as checkpoint:
         recipe, dtype = _wanted(checkpoint, scheme, quantization_config, dtype)
         plan = plan_quantize(checkpoint, recipe)
@@ -109,12 +112,12 @@ def load_model(
                 "for every token, which is slow")  # fmt: skip
         started = time.monotonic()
         model = _load(checkpoint, plan, devices, computed, attention.implementation, progress, say)
-        if kernels := use_decode_kernels(model):
-            say(kernels)
-        if mxfp4_kernels != NEVER:
+        if kernels != "never":
+            use_decode_kernels(model, say)
+        if kernels == "auto":
             use_mxfp4_kernels(model, working_bytes(plan, workload) + kv_cache_bytes(plan, workload), say)
-        if not devices.crosses and (graphs := attach_decoder(model, workload.max_model_len)):
-            say(graphs)
+        if not devices.crosses:
+            attach_decoder(model, workload.max_model_len, say)
         seconds = time.monotonic() - started
         tokenizer = load_tokenizer(checkpoint.folder)
         say(f"loaded in {seconds:.1f} s; peak host memory {size(_peak_host_memory())}, mapped files included")

@@ -14,27 +14,19 @@ from transformers.integrations.hub_kernels import get_kernel
 from transformers.utils import import_utils, is_kernels_available, is_triton_available
 
 from ossquant.detect import available_host_memory
-from ossquant.errors import UnsupportedError, UsageError
+from ossquant.errors import UnsupportedError
 from ossquant.runtime.experts import NativeMxfp4Experts
 from ossquant.runtime.kernel_experts import empty_experts, kernel_mlp
 from ossquant.runtime.kernel_trial import TOLERANCE, Trial, try_kernels
-from ossquant.units import nearest, size
+from ossquant.runtime.kernels import first_line
+from ossquant.units import size
 
-AUTO, NEVER = "auto", "never"
-CHOICES = (AUTO, NEVER)
 # what transformers 5.23 asks for: replace_with_mxfp4_linear and Mxfp4HfQuantizer.validate_environment
 HUB_KERNELS, HUB_VERSION = "kernels-community/gpt-oss-triton-kernels", 1
 CAPABILITY, TRITON = (7, 5), "3.4.0"
-_SAID = 160  # characters of a foreign error
 
 # the CUDA compute capability of a device, None if it has none
 CapabilityOf = Callable[[torch.device], tuple[int, int] | None]
-
-
-def check_choice(asked: str) -> None:
-    """Raise UsageError unless asked is one of CHOICES."""
-    if asked not in CHOICES:
-        raise UsageError(f"unknown mxfp4_kernels '{asked}'", hint=nearest(asked, CHOICES))
 
 
 def cuda_capability(device: torch.device) -> tuple[int, int] | None:
@@ -89,7 +81,7 @@ def _decide(model: Any, device: torch.device, names: list[str], reserve: int, ca
         said = _replace(model, device, names, reserve, replaced)
     except Exception as error:  # noqa: BLE001  the network, the compiler and the driver each have errors of their own
         said = f"used for {len(replaced)} of {len(names)} layers: " if replaced else "not used: "
-        said += _first_line(error)
+        said += first_line(error)
     _settle(device, said)
     return said
 
@@ -145,13 +137,8 @@ def _settle(device: torch.device, said: str) -> None:
     except RuntimeError as error:
         raise UnsupportedError(
             f"transformers' MXFP4 kernels have left {device} unusable ({said})",
-            hint="load_model(..., mxfp4_kernels='never')",
+            hint="load_model(..., kernels='own')",
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:_SAID].removesuffix(": ")
 
 
 def _kernels_requirement() -> str:
