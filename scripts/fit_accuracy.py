@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Hold the estimator against every published measurement in tests/data; with --write put the table into README."""
+"""Hold the estimator against every published measurement in tests/data; with --write put the table into docs/fit.md."""
 
 import argparse
 import sys
@@ -94,7 +94,7 @@ def _result(point: Mapping[str, Any]) -> Result:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put the tables into README.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/fit.md")
     parser.add_argument("--all", action="store_true", help="print every point")
     arguments = parser.parse_args()
     results = memory_results()
@@ -105,9 +105,9 @@ def main() -> None:
             print(f"{point['id']:22} {low:6.1f} to {high:6.1f} tokens/s, published {point['tokens_per_second']}")
     text = report(results, decode_results())
     if arguments.write:
-        readme = ROOT / "README.md"
-        before, _, rest = readme.read_text("utf-8").partition(BEGIN)
-        readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", "utf-8")
+        page = ROOT / "docs" / "fit.md"
+        before, _, rest = page.read_text("utf-8").partition(BEGIN)
+        page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", "utf-8")
     else:
         print(text)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How often the gate of `ossquant bench --ab` is wrong, by simulation: prints the table in the README.
+"""How often the gate of `ossquant bench --ab` is wrong, by simulation: prints the table in docs/compare.md.
 
     scripts/gate_power.py [--experiments 10000]
 

@@ -1,4 +1,4 @@
-"""What `ossquant fit --json` prints; README documents the keys."""
+"""What `ossquant fit --json` prints; docs/fit.md documents the keys."""
 
 from typing import TYPE_CHECKING, Any
 
