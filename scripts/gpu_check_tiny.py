@@ -15,6 +15,7 @@ from ossquant.errors import UnsupportedError
 from ossquant.quantize import quantize
 from ossquant.recipe import built_in
 from ossquant.runtime.attention import IMPLEMENTATIONS
+from ossquant.runtime.fixed_cache import CACHE
 from ossquant.runtime.generate import generate
 from ossquant.runtime.kernel_experts import KernelExperts
 from ossquant.runtime.load import DTYPES, load_model, placement
@@ -290,7 +291,7 @@ def _decoded(model: Any) -> torch.Tensor:
     output = model(ids[:, :-DECODED], use_cache=True)
     logits = []
     for position in range(ids.shape[1] - DECODED, ids.shape[1]):
-        output = model(ids[:, position : position + 1], past_key_values=output.past_key_values, use_cache=True)
+        output = model(ids[:, position : position + 1], use_cache=True, **{CACHE: output[CACHE]})
         logits.append(output.logits.float().cpu())
     return torch.cat(logits, dim=1)
 

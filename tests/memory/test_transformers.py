@@ -11,6 +11,7 @@ from ossquant.hardware import find_device
 from ossquant.layout import Role
 from ossquant.memory import MemoryEstimate, Workload, estimate, parse_engine
 from ossquant.plan import Plan, make_plan
+from ossquant.runtime.fixed_cache import CACHE
 from ossquant.spec import ModelSpec
 from ossquant.units import GIB, MIB
 
@@ -139,7 +140,7 @@ def peak_of_attention(tokens: int, past: int) -> int:
     hidden, mask = empty(1, tokens, HIDDEN), empty(1, 1, tokens, context)
     angles = (empty(1, tokens, HEAD_DIM // 2), empty(1, tokens, HEAD_DIM // 2))
     with torch.no_grad(), live_bytes() as sizes:
-        attention(hidden, position_embeddings=angles, attention_mask=mask, past_key_values=held)
+        attention(hidden, position_embeddings=angles, attention_mask=mask, **{CACHE: held})
     inputs = sum(tensor.nbytes for tensor in (hidden, mask, *angles))
     return max(sizes) + inputs
 

@@ -11,5 +11,5 @@ def test_both_ways_of_expanding_equal_transformers() -> None:
     scales = torch.randint(60, 190, (96, 6), dtype=torch.uint8, generator=generator)
     expected = convert_moe_packed_tensors(blocks[None], scales[None], dtype=torch.bfloat16)[0].t()
     assert torch.equal(kernels.dequantize_mxfp4(blocks, scales, torch.bfloat16), expected)
-    assert torch.equal(kernels._expand_with_torch(blocks, scales), expected)
+    assert torch.equal(kernels.expand_with_torch(blocks, scales), expected)
     assert torch.equal(kernels.dequantize_mxfp4(blocks, scales, torch.float32), expected.float())

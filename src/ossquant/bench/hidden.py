@@ -12,6 +12,7 @@ from ossquant.codec.expand import expand, pieces
 from ossquant.errors import CheckpointError, UsageError
 from ossquant.layout import Role
 from ossquant.memory.transformers import PREFILL_CHUNK
+from ossquant.runtime.fixed_cache import CACHE
 
 BLOCK_ROWS = 128  # positions whose logits are there at a time: 103 MB of the published vocabulary
 HEAD_ROWS = 2**13  # of the head in float32 at a time: 94 MB of the published size
@@ -65,8 +66,8 @@ def _hidden(model: Any, text: Text) -> torch.Tensor:
     """The last token predicts nothing that is scored."""
     cache, parts = None, []
     for chunk in torch.tensor([text.token_ids[:-1]], device=model.device).split(PREFILL_CHUNK, dim=1):
-        output = model.model(chunk, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model.model(chunk, use_cache=True, **{CACHE: cache})
+        cache = output[CACHE]
         parts.append(output.last_hidden_state[0].cpu())
     return torch.cat(parts)[text.begin - 1 :]
 

@@ -14,6 +14,7 @@ import torch
 from ossquant.errors import UsageError
 from ossquant.memory.transformers import PREFILL_CHUNK
 from ossquant.runtime.decoder import Cache, decoding
+from ossquant.runtime.fixed_cache import CACHE
 
 SEED = 0
 now = time.perf_counter
@@ -119,12 +120,12 @@ def _run(model: Any, prompt: torch.Tensor, new_tokens: int, cache: Cache) -> Run
     prompt_tokens = prompt.shape[1]
     with decoding(model, prompt_tokens, prompt_tokens + new_tokens, cache) as past:
         for chunk in prompt.split(PREFILL_CHUNK, dim=1):
-            output = model(chunk, past_key_values=past, use_cache=True, logits_to_keep=1)
-            past = output.past_key_values
+            output = model(chunk, use_cache=True, logits_to_keep=1, **{CACHE: past})
+            past = output[CACHE]
         token = _next(output)
         tokens_at = [now()]
         for _ in range(new_tokens - 1):
-            output = model(token, past_key_values=past, use_cache=True)
+            output = model(token, use_cache=True, **{CACHE: past})
             token = _next(output)
             tokens_at.append(now())
     return Run(started, tuple(tokens_at))

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ossquant.errors import UsageError
 from ossquant.runtime import sink_attention
-from ossquant.runtime.fixed_cache import FixedCache, PromptCache
+from ossquant.runtime.fixed_cache import CACHE, FixedCache, PromptCache
 from ossquant.runtime.kernel_experts import KernelMlp
 
 LEAST_SPAN = 1024  # slots that a graph's attention looks at; other graphs look at twice, four times, ... as many
@@ -83,8 +83,8 @@ class Decoder:
         self._prompt = cache.prompt_cache()
 
         @functools.wraps(self._model.forward)  # generate looks at its signature
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._forward(*args, **kwargs)
+        def forward(*args: Any, **arguments: Any) -> Any:
+            return self._forward(*args, **arguments)
 
         self._model.forward = forward
         try:
@@ -115,11 +115,12 @@ class Decoder:
         capacity = min(span_of(tokens), model.config.max_position_embeddings)
         return FixedCache(model.config, capacity, model.dtype, model.device)
 
-    def _forward(self, input_ids: Tensor | None = None, past_key_values: Any = None, **arguments: Any) -> Any:
-        ours = past_key_values is not None and past_key_values is self._prompt
-        if not ours or input_ids is None or input_ids.shape != (1, 1):
-            return _forward_of(self._model)(input_ids=input_ids, past_key_values=past_key_values, **arguments)
-        return CausalLMOutputWithPast(logits=self._step(input_ids, past_key_values), past_key_values=past_key_values)
+    def _forward(self, *args: Any, **arguments: Any) -> Any:
+        """The model's, but for a single token of the sequence."""
+        token, prompt = arguments.get("input_ids", args[0] if args else None), self._prompt
+        if prompt is None or prompt is not arguments.get(CACHE) or token is None or token.shape != (1, 1):
+            return _forward_of(self._model)(*args, **arguments)
+        return CausalLMOutputWithPast(logits=self._step(token, prompt), **{CACHE: prompt})
 
     def _step(self, token: Tensor, prompt: PromptCache) -> Tensor:
         """The logits (1, 1, vocab) of the token that follows what prompt counts."""
@@ -153,7 +154,7 @@ class Decoder:
         try:
             output = _forward_of(self._model)(
                 input_ids=cache.token, attention_mask=cache.masks(), position_ids=cache.position[None],
-                past_key_values=cache, use_cache=True,
+                use_cache=True, **{CACHE: cache},
             )  # fmt: skip
         finally:
             config._attn_implementation = implementation

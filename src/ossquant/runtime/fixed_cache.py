@@ -1,15 +1,18 @@
 """Keys and values of one sequence at addresses that stay, so that a step of decoding can be captured and replayed."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GptOssForCausalLM
 from transformers.cache_utils import DynamicLayer
 
 SLIDING = "sliding_attention"
+# the cache as an argument and in what comes out: transformers 5.24 renamed it
+CACHE = "cache" if "cache" in inspect.signature(GptOssForCausalLM.forward).parameters else "past_key_values"
 
 
 class FixedCache:

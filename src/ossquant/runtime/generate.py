@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from ossquant.errors import CheckpointError, UsageError
 from ossquant.memory.transformers import PREFILL_CHUNK
 from ossquant.runtime.decoder import Cache, decoding
+from ossquant.runtime.fixed_cache import CACHE
 from ossquant.runtime.harmony import STOPS, HarmonyParser, OnText
 
 REASONING_EFFORTS = ("low", "medium", "high")
@@ -122,14 +123,14 @@ def continue_prompt(
 ) -> torch.Tensor:
     """Compute a prompt (1, tokens) in chunks and return it with what follows; options are transformers' own."""
     tokens = prompt.shape[1]
-    with decoding(model, tokens, tokens + max_new_tokens, cache) as past_key_values:
+    with decoding(model, tokens, tokens + max_new_tokens, cache) as prompt_cache:
         return model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=max_new_tokens,
             prefill_chunk_size=PREFILL_CHUNK,
-            past_key_values=past_key_values,
             disable_compile=True,
+            **{CACHE: prompt_cache},
             **options,
         )
 
