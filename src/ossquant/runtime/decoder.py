@@ -117,10 +117,11 @@ class Decoder:
 
     def _forward(self, *args: Any, **arguments: Any) -> Any:
         """The model's, but for a single token of the sequence."""
-        token, prompt = arguments.get("input_ids", args[0] if args else None), self._prompt
-        if prompt is None or prompt is not arguments.get(CACHE) or token is None or token.shape != (1, 1):
+        token: Tensor | None = arguments.get("input_ids", args[0] if args else None)
+        ours = arguments.get(CACHE) is self._prompt
+        if self._prompt is None or not ours or token is None or token.shape != (1, 1):
             return _forward_of(self._model)(*args, **arguments)
-        return CausalLMOutputWithPast(logits=self._step(token, prompt), **{CACHE: prompt})
+        return CausalLMOutputWithPast(logits=self._step(token, self._prompt), **{CACHE: self._prompt})
 
     def _step(self, token: Tensor, prompt: PromptCache) -> Tensor:
         """The logits (1, 1, vocab) of the token that follows what prompt counts."""
