@@ -15,6 +15,7 @@ from ossquant.memory.transformers import PREFILL_CHUNK
 from ossquant.runtime import decoder, expert_kernels
 from ossquant.runtime.decode_kernels import chosen_experts
 from ossquant.runtime.decoder import ATTRIBUTE, Cache, Capture, Compute, Decoder
+from ossquant.runtime.fixed_cache import CACHE
 from ossquant.runtime.generate import continue_prompt, generate, sampling
 from ossquant.runtime.warmup import warm_up
 
@@ -189,6 +190,15 @@ def test_a_changed_model_goes_its_own_way(trained: Path) -> None:
     with pytest.raises(UsageError, match="exchanged since it was loaded"):
         generate(model, tokenizer, QUESTION, cache="static")
     assert generate(model, tokenizer, QUESTION, max_new_tokens=3).token_ids
+
+
+def test_several_tokens_after_one_are_refused(model: Any) -> None:
+    """A decoded sequence has forgotten what computing several tokens at once would need: an error, no wrong logits."""
+    with decoder.decoding(model, 5, 9, "static") as cache, torch.inference_mode():
+        model(prompt(5), use_cache=True, **{CACHE: cache})
+        model(prompt(1), use_cache=True, **{CACHE: cache})
+        with pytest.raises(UsageError, match="one token at a time"):
+            model(prompt(2), use_cache=True, **{CACHE: cache})
 
 
 def test_the_forward_comes_back(model: Any) -> None:

@@ -118,8 +118,11 @@ class Decoder:
     def _forward(self, *args: Any, **arguments: Any) -> Any:
         """The model's, but for a single token of the sequence."""
         token: Tensor | None = arguments.get("input_ids", args[0] if args else None)
-        ours = arguments.get(CACHE) is self._prompt
-        if self._prompt is None or not ours or token is None or token.shape != (1, 1):
+        if self._prompt is None or arguments.get(CACHE) is not self._prompt:
+            return _forward_of(self._model)(*args, **arguments)
+        if token is None or token.shape != (1, 1):
+            if self._prompt.decoded is not None:
+                raise UsageError("a sequence goes on one token at a time", hint="use cache='dynamic'")
             return _forward_of(self._model)(*args, **arguments)
         return CausalLMOutputWithPast(logits=self._step(token, self._prompt), **{CACHE: self._prompt})
 
