@@ -118,13 +118,14 @@ class Decoder:
     def _forward(self, *args: Any, **arguments: Any) -> Any:
         """The model's, but for a single token of the sequence."""
         token: Tensor | None = arguments.get("input_ids", args[0] if args else None)
-        if self._prompt is None or arguments.get(CACHE) is not self._prompt:
+        prompt = arguments.get(CACHE)
+        if not isinstance(prompt, PromptCache) or prompt is not self._prompt:
             return _forward_of(self._model)(*args, **arguments)
         if token is None or token.shape != (1, 1):
-            if self._prompt.decoded is not None:
+            if prompt.decoded is not None:
                 raise UsageError("a sequence goes on one token at a time", hint="use cache='dynamic'")
             return _forward_of(self._model)(*args, **arguments)
-        return CausalLMOutputWithPast(logits=self._step(token, self._prompt), **{CACHE: self._prompt})
+        return CausalLMOutputWithPast(logits=self._step(token, prompt), **{CACHE: prompt})
 
     def _step(self, token: Tensor, prompt: PromptCache) -> Tensor:
         """The logits (1, 1, vocab) of the token that follows what prompt counts."""
