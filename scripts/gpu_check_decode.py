@@ -1,6 +1,7 @@
 """Decoding on a device: Triton's kernels against the plain way, and CUDA graphs against computing each token."""
 
 import logging
+import operator
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 from gpu_check_case import Case, Findings, Setting, SkipCase
 from ossquant.runtime import decoder
 from ossquant.runtime.chosen import FEW_TOKENS
-from ossquant.runtime.decode_kernels import TOLERANCE, Experts, chosen_experts, plain_and_chosen
+from ossquant.runtime.decode_kernels import TOLERANCE, Experts, chosen_experts, error_of
 from ossquant.runtime.decoder import ATTRIBUTE, Cache
 from ossquant.runtime.generate import continue_prompt, generate
 from ossquant.runtime.kernels import every_mxfp4, expand_with_torch, expand_with_triton
@@ -32,7 +33,9 @@ def cases() -> Iterator[Case]:
             run = partial(check_kernels, scheme=scheme, dtype=dtype)
             yield Case(f"decode/kernels/{scheme}/{dtype}", "decode", LIMIT, run)
     for scheme in SCHEMES:
-        yield Case(f"decode/graphs/{scheme}", "decode", LIMIT, partial(check_graphs, scheme=scheme))
+        for dtype in ("float32", "bfloat16"):
+            run = partial(check_graphs, scheme=scheme, dtype=dtype)
+            yield Case(f"decode/graphs/{scheme}/{dtype}", "decode", LIMIT, run)
 
 
 def check_expand(setting: Setting) -> Findings:
@@ -56,16 +59,15 @@ def check_kernels(setting: Setting, scheme: str, dtype: str) -> Findings:
         errors = []
         for layer in layers:
             chosen, layer.chosen = chosen_experts(layer), None
-            plain, found = plain_and_chosen(layer, chosen, tokens)
-            errors.append(float((found - plain).norm() / plain.norm()))
+            errors.append(float(error_of(layer, chosen, tokens)))
         findings.at_most(f"error_{tokens}", max(errors), TOLERANCE[DTYPES[dtype]])
     return findings
 
 
-def check_graphs(setting: Setting, scheme: str) -> Findings:
+def check_graphs(setting: Setting, scheme: str, dtype: str) -> Findings:
     """The tokens of transformers' own cache, an answer, and what a token takes either way; every graph in use."""
     findings, said, warned = Findings(), list[str](), list[str]()
-    model, tokenizer = _load(setting, scheme, "float32", said)
+    model, tokenizer = _load(setting, scheme, dtype, said)
     findings.note("said", said)
     listener = logging.Handler()
     listener.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
@@ -78,10 +80,12 @@ def check_graphs(setting: Setting, scheme: str) -> Findings:
         reply = generate(model, tokenizer, [{"role": "user", "content": QUESTION}], max_new_tokens=48, cache=static)
     finally:
         decoder.logger.removeHandler(listener)
-    findings.holds("tokens_equal", found == expected)
+    if dtype == "float32":
+        findings.holds("tokens_equal", found == expected)
+    findings.note("same_tokens", sum(map(operator.eq, found, expected)))  # in bf16 rounding may part them
     findings.holds("answers", reply.final == ANSWER)
     if not setting.dry:
-        findings.holds("captures", getattr(model, ATTRIBUTE).captures)
+        findings.holds("captures", getattr(model, ATTRIBUTE).capture is not None)
         findings.note("warned", warned)
         findings.holds("every_graph_is_used", not warned)
     return findings

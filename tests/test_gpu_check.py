@@ -76,9 +76,9 @@ def test_a_dry_run_writes_everything(tmp_path: Path) -> None:
     assert checks["placement/mxfp4/host"]["bounds"]["error"] == [0, 1e-5]
     assert checks["placement/mxfp4/ahead"]["bounds"]["difference_ahead"] == [0, 0]
     assert checks["placement/mxfp4/ahead"]["figures"]["said"].startswith("experts on the host: ")
-    assert checks["decode/graphs/nf4"]["bounds"] == {"tokens_equal": True, "answers": True}
+    assert checks["decode/graphs/nf4/float32"]["bounds"] == {"tokens_equal": True, "answers": True}
     assert checks["20b/offload/copies"]["figures"]["bytes_per_second"]["pageable"] > 0
-    assert checks["decode/graphs/nf4"]["bounds"] == {"tokens_equal": True, "answers": True}
+    assert checks["decode/graphs/nf4/float32"]["bounds"] == {"tokens_equal": True, "answers": True}
     assert checks["20b/offload/copies"]["bounds"]["difference_in_turn"] == [0, 0]
     load, prompt = checks["20b/nf4/load"]["figures"], checks["20b/nf4/prompt-8192"]["figures"]
     assert load["parameters_in_4_bits"] is True

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ossquant.runtime.decoder import Compute
+from ossquant.runtime.cuda_graphs import Compute
 
 ASKS_THE_DEVICE = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::_unique2", "aten::bincount"}
 

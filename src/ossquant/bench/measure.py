@@ -106,7 +106,7 @@ def measure(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         runs=tuple(counted),
-        device=torch.cuda.get_device_name() if on_device else "cpu",
+        device=torch.cuda.get_device_name(model.device) if on_device else "cpu",
         peak_host_bytes=_peak_host_bytes(),
         peak_device_bytes=_peak_device_bytes() if on_device else None,
         partial=len(counted) < runs,
@@ -139,7 +139,7 @@ def _next(output: Any) -> torch.Tensor:
 
 def _wait(model: Any) -> None:
     if model.device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(model.device)
 
 
 def _peak_device_bytes() -> int:

@@ -5,7 +5,6 @@ The plain way, in experts.py, asks the device which experts are chosen and calls
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,7 +19,8 @@ class Matrices:
     """One projection of all of a layer's experts, by the addresses of its parts: int64 (experts,) on their device.
 
     values: the float of each of the 16 codes. group: how many weights share a scale. nested: whether scales are
-    bytes with scales of their own, at the addresses in outer, and an offset. parameters: what lies at the addresses.
+    bytes with scales of their own, at the addresses in outer, and an offset. kept: what lies at the addresses, and
+    known where that was, of what a module can be asked for.
     """
 
     weights: Tensor
@@ -32,47 +32,69 @@ class Matrices:
     outer_values: Tensor
     outputs: int
     group: int
+    dtype: torch.dtype
     mxfp4: bool
     nested: bool
-    parameters: tuple[Tensor, ...]
+    kept: tuple[Tensor, ...]
+    known: tuple[int, ...]
 
 
 def mxfp4_matrices(blocks: Tensor, scales: Tensor, bias: Tensor, values: Tensor) -> Matrices:
-    """blocks (experts, out, G, 16) and scales (experts, out, G) uint8; bias (experts, out); values (16,) float32."""
+    """blocks (experts, out, G, 16) and scales (experts, out, G) uint8; bias (experts, out); values (16,) float32.
+
+    known are the addresses of blocks, scales and bias.
+    """
     none = torch.zeros(len(blocks), device=blocks.device)
+    stacks = blocks, scales, bias
     return Matrices(
-        _addresses(blocks.unbind()), _addresses(scales.unbind()), none.long(), none, _addresses(bias.unbind()), values,
-        none, blocks.shape[1], 32, mxfp4=True, nested=False, parameters=(blocks, scales, bias),
-    )  # fmt: skip
-
-
-def bnb_matrices(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Matrices:
-    """weights: bitsandbytes' Params4bit, one an expert, quantized alike; biases (out,) each."""
-    states = [weight.quant_state for weight in weights]
-    none = torch.zeros(len(weights), device=weights[0].device)
-    first = states[0]
-    nested = bool(first.nested)
-    scales = [state.absmax for state in states]
-    outer = [state.state2.absmax for state in states] if nested else []
-    return Matrices(
-        _addresses(weights),
-        _addresses(scales),
-        _addresses(outer) if nested else none.long(),
-        torch.stack([state.offset for state in states]).float() if nested else none,
-        _addresses(biases),
-        first.code,
-        first.state2.code if nested else none,
-        first.shape[0],
-        first.blocksize,
-        mxfp4=False,
-        nested=nested,
-        parameters=(*weights, *biases),
+        weights=_table(blocks.unbind()),
+        scales=_table(scales.unbind()),
+        outer=none.long(),
+        offsets=none,
+        biases=_table(bias.unbind()),
+        values=values,
+        outer_values=none,
+        outputs=blocks.shape[1],
+        group=32,
+        dtype=bias.dtype,
+        mxfp4=True,
+        nested=False,
+        kept=stacks,
+        known=tuple(stack.data_ptr() for stack in stacks),
     )
 
 
-def _addresses(tensors: Sequence[Tensor]) -> Tensor:
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    return torch.tensor(addresses, dtype=torch.int64, device=tensors[0].device)
+def bnb_matrices(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Matrices:
+    """weights: bitsandbytes' Params4bit, one an expert, quantized alike; biases (out,) each.
+
+    known are the addresses of each expert's weight, bias and scales.
+    """
+    states = [weight.quant_state for weight in weights]
+    first = states[0]
+    nested = bool(first.nested)
+    none = torch.zeros(len(weights), device=weights[0].device)
+    scales = [state.absmax for state in states]
+    outer = [state.state2.absmax for state in states] if nested else []
+    return Matrices(
+        weights=_table(weights),
+        scales=_table(scales),
+        outer=_table(outer) if nested else none.long(),
+        offsets=torch.stack([state.offset for state in states]).float() if nested else none,
+        biases=_table(biases),
+        values=first.code,
+        outer_values=first.state2.code if nested else none,
+        outputs=first.shape[0],
+        group=first.blocksize,
+        dtype=biases[0].dtype,
+        mxfp4=False,
+        nested=nested,
+        kept=(*weights, *biases, *scales, *outer),
+        known=tuple(part.data_ptr() for parts in zip(weights, biases, scales, strict=True) for part in parts),
+    )
+
+
+def _table(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64, device=tensors[0].device)
 
 
 @torch.library.custom_op("ossquant::chosen_linear", mutates_args=())
@@ -112,22 +134,15 @@ class ChosenExperts:
     alpha: float
     limit: float
 
-    @cached_property
-    def parameters(self) -> tuple[Tensor, ...]:
-        """What lies at the addresses."""
-        return (*self.gate_up.parameters, *self.down.parameters)
-
-    @cached_property
-    def _known(self) -> list[int]:
-        return [parameter.data_ptr() for parameter in self.parameters]
-
-    def takes(self, hidden_states: Tensor, parameters: Sequence[Tensor | None]) -> bool:
-        """Whether a call is one for the kernels; parameters are the module's, None for one that is gone."""
+    def takes(self, hidden_states: Tensor, stored: Sequence[Tensor | None]) -> bool:
+        """Whether a call is one for the kernels; stored is what the module has now, None for what is not to be read."""
         if hidden_states.shape[0] > FEW_TOKENS or torch.is_grad_enabled():
             return False
-        if hidden_states.dtype != self.parameters[-1].dtype:
+        if hidden_states.dtype != self.down.dtype:
             return False
-        return [parameter.data_ptr() if parameter is not None else 0 for parameter in parameters] == self._known
+        with torch._C.DisableTorchFunctionSubclass():  # which Params4bit goes through, seven times as slow
+            there = tuple(part.data_ptr() if part is not None else 0 for part in stored)
+        return there == (*self.gate_up.known, *self.down.known)
 
     def __call__(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
         """Called like transformers' GptOssExperts."""

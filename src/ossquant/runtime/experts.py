@@ -47,13 +47,13 @@ class Linear4bitExperts(nn.Module):
         return self.down_projs[0].bias.dtype
 
     def matrices(self) -> list[Tensor | None]:
-        """Every expert's weight, then its bias, of gate_up_projs and of down_projs; None where a module has none."""
-        return [
-            projection._parameters.get(name)
-            for projections in (self.gate_up_projs, self.down_projs)
-            for name in ("weight", "bias")
-            for projection in projections._modules.values()
-        ]
+        """Weight, bias and scales of every expert, first of gate_up_projs; None where it does more than multiply."""
+        projections = (*self.gate_up_projs._modules.values(), *self.down_projs._modules.values())
+        return [part for projection in projections for part in _stored(projection)]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.chosen = None  # which knows where weights lie
+        return super()._apply(fn, recurse)
 
     def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
         if self.chosen and self.chosen.takes(hidden_states, self.matrices()):
@@ -108,12 +108,25 @@ class NativeMxfp4Experts(nn.Module):
             hidden_states, router_indices, routing_weights, self.experts, self.gate, gate_up, down, stored.expect
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.chosen = None  # which knows where weights lie
+        return super()._apply(fn, recurse)
+
     def stacks(self) -> Parts:
         """Blocks, scales and biases of gate_up_proj, then of down_proj, all experts in one."""
         return (
             self.gate_up_proj_blocks, self.gate_up_proj_scales, self.gate_up_proj_bias,
             self.down_proj_blocks, self.down_proj_scales, self.down_proj_bias,
         )  # fmt: skip
+
+
+def _stored(projection: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Weight, bias and scales of a Linear4bit; None for one that is wrapped, has hooks or another forward."""
+    hooks = projection._forward_hooks or projection._forward_pre_hooks
+    if type(projection) is not Linear4bit or hooks or "forward" in vars(projection):
+        return None, None, None
+    weight = projection._parameters["weight"]
+    return weight, projection._parameters["bias"], weight.quant_state.absmax
 
 
 def _linear_mxfp4(x: Tensor, blocks: Tensor, scales: Tensor, bias: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache, GptOssForCausalLM
 from transformers.cache_utils import DynamicLayer
 
+from ossquant.errors import UsageError
+
 SLIDING = "sliding_attention"
 # the cache as an argument and in what comes out: transformers 5.24 renamed it
 CACHE = "cache" if "cache" in inspect.signature(GptOssForCausalLM.forward).parameters else "past_key_values"
@@ -24,7 +26,7 @@ class FixedCache:
     """
 
     def __init__(self, config: Any, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.config, self.capacity = config, capacity
+        self.config, self.capacity, self.dtype, self.device = config, capacity, dtype, device
         self.window = min(config.sliding_window, capacity)
         heads, head_dim = config.num_key_value_heads, config.head_dim
         with torch.inference_mode(False):
@@ -40,7 +42,7 @@ class FixedCache:
 
     def grown(self, capacity: int) -> "FixedCache":
         """The same with more slots in full layers, at other addresses."""
-        larger = FixedCache(self.config, capacity, self.keys[0].dtype, self.position.device)
+        larger = FixedCache(self.config, capacity, self.dtype, self.device)
         for mine, its in ((self.keys, larger.keys), (self.values, larger.values)):
             for old, new in zip(mine, its, strict=True):
                 new[:, :, : old.shape[2]] = old
@@ -61,10 +63,9 @@ class FixedCache:
         return {"full_attention": self._mask(self.span), SLIDING: self._mask(self.window)}
 
     def _mask(self, slots: int) -> Tensor:
-        dtype = self.keys[0].dtype
         # a ring that was gone round is full: no slot is beyond position then
-        beyond = torch.arange(slots, device=self.position.device) > self.position
-        return torch.where(beyond, torch.finfo(dtype).min, 0.0).to(dtype).view(1, 1, 1, slots)
+        beyond = torch.arange(slots, device=self.device) > self.position
+        return torch.where(beyond, torch.finfo(self.dtype).min, 0.0).to(self.dtype).view(1, 1, 1, slots)
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store one token's keys and values (1, heads, 1, head_dim); returns what the layer looks at."""
@@ -84,15 +85,24 @@ class FixedCache:
         return cache
 
     def take_prompt(self, cache: "PromptCache") -> int:
-        """Fill the rings with what a prompt's sliding layers kept; returns its tokens."""
+        """Fill the rings with what a prompt's sliding layers kept, and forget what was before; returns its tokens."""
         tokens = cache.get_seq_length()
         for layer, kept in enumerate(cache.layers):
-            if self.is_sliding(layer) and tokens:
-                slots = torch.arange(tokens - kept.keys.shape[2], tokens, device=self.position.device) % self.window
+            sliding = self.is_sliding(layer)
+            for mine in (self.keys[layer], self.values[layer]):
+                # a slot that is not looked at is multiplied by zero, which NaN survives
+                mine[:, :, 0 if sliding else tokens :] = 0
+            if sliding and tokens:
+                slots = torch.arange(tokens - kept.keys.shape[2], tokens, device=self.device) % self.window
                 self.keys[layer].index_copy_(2, slots, kept.keys)
                 self.values[layer].index_copy_(2, slots, kept.values)
         cache.layers.clear()
+        self.position.fill_(tokens)
         return tokens
+
+    def free(self) -> None:
+        """Give the memory back, for another cache to take it."""
+        self.keys, self.values = [], []
 
     @contextmanager
     def elsewhere(self, position: int, vocab_size: int) -> Iterator[Callable[[], None]]:
@@ -139,6 +149,10 @@ class _InPlace(DynamicLayer):
         begin = self.get_seq_length()
         end = begin + key_states.shape[2]
         keys, values = self._kept
+        if end > keys.shape[2]:
+            raise UsageError(
+                f"{end} tokens go beyond the {keys.shape[2]} that were reserved", hint="shorten the prompt"
+            )
         keys[:, :, begin:end] = key_states
         values[:, :, begin:end] = value_states
         self.keys, self.values = keys[:, :, :end], values[:, :, :end]

@@ -34,6 +34,6 @@ def warm_up(model: Any, tokenizer: Any, *, cache: Cache = "auto") -> float:
     )  # fmt: skip
     generate(model, tokenizer, [{"role": "user", "content": "Hello"}], max_new_tokens=NEW_TOKENS, cache=cache)
     decoder = getattr(model, ATTRIBUTE, None)
-    if decoder and decoder.captures and cache != "dynamic" and not decoder.obstacle:
+    if decoder and decoder.capture and cache != "dynamic" and not decoder.obstacle(model):
         decoder.warm_up()
     return time.perf_counter() - started
