@@ -14,8 +14,8 @@ from ossquant.runtime.kernels import first_line, mxfp4_values
 Experts = Linear4bitExperts | NativeMxfp4Experts
 Clock = Callable[[], float]
 
-# how far from the plain way, which rounds weights and what lies between the projections to dtype, the kernels may
-# be, by norm; one wrong code in a hundred is farther
+# how far from the plain way, which rounds weights and what lies between the projections to dtype, the kernels may be
+# in a token, by norm; on the 20b's shape they are 1.1e-6, 7e-4 and 6.4e-3 in Triton's interpreter, 2026-11-26
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 _REPEATS = 5
 _SEED = 0
