@@ -147,6 +147,15 @@ def test_warming_up_captures_every_graph(
     assert len(captured) == before
 
 
+def test_graphs_of_a_cache_that_was_too_small_are_forgotten(model: Any, captured: list[Compute]) -> None:
+    """Once a sequence has outgrown its cache, the next one is not replayed into the old."""
+    setattr(model, ATTRIBUTE, Decoder(model, 34, of(model).capture))
+    assert continued(model, prompt(31), 6, "auto") == continued(model, prompt(31), 6, "dynamic")
+    assert of(model)._cache.capacity == 68
+    assert continued(model, prompt(5), 4, "auto") == continued(model, prompt(5), 4, "dynamic")
+    assert len(captured) == 4  # of 32 slots, 34, 64, and 32 again
+
+
 def test_moved_weights_are_captured_anew(model: Any, captured: list[Compute]) -> None:
     """A graph knows addresses: it is not replayed once weights lie elsewhere."""
     continued(model, prompt(5), 2, "auto")
