@@ -101,6 +101,12 @@ def test_kernels_know_the_published_width(name: str) -> None:
 def test_expanding_is_exact() -> None:
     """Every pair of codes under every scale that bf16 holds: the bits of transformers' own function."""
     blocks, scales = every_mxfp4(CPU)
+    assert {
+        (pair, scale)
+        for row, of_row in zip(blocks.tolist(), scales.tolist(), strict=True)
+        for group, scale in zip(row, of_row, strict=True)
+        for pair in group
+    } == set(product(range(256), range(253)))
     expected = convert_moe_packed_tensors(blocks[None], scales[None], dtype=torch.bfloat16)[0].t()
     assert torch.equal(expand_with_triton(blocks, scales), expected)
 
