@@ -173,6 +173,22 @@ def test_hidden_states_once_asked_for_are_no_obstacle(model: Any) -> None:
     assert not found.obstacle(model)
 
 
+def test_a_larger_cache_takes_the_place_of_the_smaller(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smaller one's memory is given back before the larger one is made: they are never there together."""
+    found: Decoder = getattr(model, ATTRIBUTE)
+    smaller = weakref.ref(found._cache.keys[1])
+    given_back: list[bool] = []
+    make = FixedCache.__init__
+
+    def watched(self: FixedCache, *arguments: Any) -> None:
+        given_back.append(smaller() is None)
+        make(self, *arguments)
+
+    monkeypatch.setattr(FixedCache, "__init__", watched)
+    with decoding(model, 2000, 2010, "static"):
+        assert given_back == [True]
+
+
 def test_no_more_slots_than_planned(model: Any) -> None:
     """The plan counts a slot a token of max_model_len, whether that is a power of two or not."""
     setattr(model, ATTRIBUTE, Decoder(model, 1100, None))
