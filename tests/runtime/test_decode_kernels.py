@@ -16,15 +16,18 @@ from peft import LoraConfig, inject_adapter_in_model
 from triton.runtime.interpreter import InterpretedFunction
 
 from ossquant import load_model
+from ossquant.errors import UnsupportedError
 from ossquant.runtime import expert_kernels
 from ossquant.runtime.chosen import FEW_TOKENS
 from ossquant.runtime.decode_kernels import chosen_experts, use_decode_kernels
+from ossquant.runtime.kernels import check_alive
 
 CPU = "cpu"  # where Triton's interpreter stands for a GPU
 IN_PROCESS_WITHOUT_INTERPRETER = """
 import os, sys
 os.environ.pop("TRITON_INTERPRET", None)
 from ossquant import load_model
+from ossquant.errors import UnsupportedError
 from ossquant.runtime.decode_kernels import use_decode_kernels
 model, _ = load_model(sys.argv[1], scheme="hybrid")
 use_decode_kernels(model, print, "cpu")
@@ -102,6 +105,28 @@ def test_failing_kernels_are_left(trained: Path) -> None:
     said = subprocess.run(program, capture_output=True, text=True, check=True).stdout.splitlines()
     assert said[0].startswith("experts are asked for one by one: Triton's kernels failed here: ")
     assert said[1] == "[None, None, None, None]"
+
+
+def test_a_dead_device_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an illegal access a GPU answers nothing: the error says how to load without the kernels."""
+
+    def refuse(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", refuse)
+    with pytest.raises(UnsupportedError, match=r"Triton's kernels have left cuda:0 unusable: .* illegal") as caught:
+        check_alive(torch.device("cuda:0"), "Triton's kernels", "never")
+    assert "--kernels never" in caught.value.hint
+    check_alive(torch.device("cpu"), "Triton's kernels", "never")
+
+
+def test_kernels_that_give_no_number_are_left(trained: Path) -> None:
+    """NaN is no small error."""
+    model, _ = load_model(trained, scheme="hybrid", dtype="float32")
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj_bias.fill_(torch.nan)
+    assert "off by nan" in decided(model)
+    assert chosen(model) == [False] * 4
 
 
 def test_no_experts_no_word(trained: Path) -> None:

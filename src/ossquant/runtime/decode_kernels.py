@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ossquant.runtime.chosen import FEW_TOKENS, ChosenExperts, Matrices, bnb_matrices, mxfp4_matrices
 from ossquant.runtime.experts import Linear4bitExperts, NativeMxfp4Experts
-from ossquant.runtime.kernels import first_line, mxfp4_values
+from ossquant.runtime.kernels import check_alive, first_line, mxfp4_values
 
 Experts = Linear4bitExperts | NativeMxfp4Experts
 Clock = Callable[[], float]
@@ -40,9 +40,12 @@ def _decide(layers: Sequence[Experts], clock: Clock) -> str:
     try:
         trials = [_try(layer, clock) for layer in {_device(layer): layer for layer in reversed(layers)}.values()]
     except Exception as error:  # noqa: BLE001  the compiler, its compiler of C and the driver each have their own
+        for layer in layers:
+            check_alive(_device(layer), "Triton's kernels", "never")
         return f"{left} failed here: {first_line(error)}"
-    far, times_as_fast = max(trial[0] for trial in trials), min(trial[1] for trial in trials)
-    if not far <= TOLERANCE[layers[0].dtype]:  # which catches NaN
+    far = torch.tensor([trial[0] for trial in trials]).max().item()  # NaN if one is
+    times_as_fast = min(trial[1] for trial in trials)
+    if not far <= TOLERANCE[layers[0].dtype]:  # nor is NaN
         return f"{left} are off by {far:.2g} here; please report it"
     if times_as_fast < 1:
         return f"{left} are {times_as_fast:.2g} times as fast here"
@@ -91,7 +94,7 @@ def _try(layer: Experts, clock: Clock) -> tuple[float, float]:
         times_as_fast = plain / _seconds(layer, call, clock)
     finally:
         layer.chosen = None
-    return errors.max().item(), times_as_fast  # NaN if one is
+    return errors.max().item(), times_as_fast
 
 
 def _call(layer: Experts, tokens: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,7 +20,7 @@ from ossquant.runtime import sink_attention
 from ossquant.runtime.cuda_graphs import Capture, Compute, CudaGraphs
 from ossquant.runtime.fixed_cache import CACHE, FixedCache, PromptCache
 from ossquant.runtime.kernel_experts import KernelMlp
-from ossquant.runtime.kernels import first_line
+from ossquant.runtime.kernels import check_alive, first_line
 
 LEAST_SPAN = 1024  # slots that a graph's attention looks at; other graphs look at twice, four times, ... as many
 # of logits, by norm: kernels may be chosen otherwise for a capture; another token's are off by more than 1
@@ -164,6 +164,7 @@ class Decoder:
                 found = replay().float().clone()  # first, for the other to find nothing that it should have stored
                 expected = self._compute(span).float()
         except Exception as error:  # noqa: BLE001  compilers, libraries and the driver each have errors of their own
+            check_alive(self._model.device, "CUDA graphs", "never")
             self._give_up(first_line(error))
             return
         distance = float((found - expected).norm() / expected.norm())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ossquant.codec import mxfp4
+from ossquant.errors import UnsupportedError
 
 Expander = Callable[[Tensor, Tensor], Tensor]  # blocks (out, G, 16) and scales (out, G) to bf16 (out, G * 32)
 
@@ -62,6 +63,22 @@ def expand_with_triton(blocks: Tensor, scales: Tensor) -> Tensor:
             blocks, scales, _decoded(blocks.device), out, groups, GROUPS=EXPANDED_GROUPS
         )
     return out
+
+
+def check_alive(device: torch.device, kernels: str, choice: str) -> None:
+    """Raise UnsupportedError if a GPU refuses all that follows, as after an illegal access by kernels that were tried.
+
+    choice is what load_model's kernels has to be for them to be left alone.
+    """
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        raise UnsupportedError(
+            f"{kernels} have left {device} unusable: {first_line(error)}",
+            hint=f"--kernels {choice}, or load_model(..., kernels='{choice}')",
+        ) from error
 
 
 def first_line(error: Exception) -> str:

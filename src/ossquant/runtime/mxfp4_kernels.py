@@ -14,11 +14,10 @@ from transformers.integrations.hub_kernels import get_kernel
 from transformers.utils import import_utils, is_kernels_available, is_triton_available
 
 from ossquant.detect import available_host_memory
-from ossquant.errors import UnsupportedError
 from ossquant.runtime.experts import NativeMxfp4Experts
 from ossquant.runtime.kernel_experts import empty_experts, kernel_mlp
 from ossquant.runtime.kernel_trial import TOLERANCE, Trial, try_kernels
-from ossquant.runtime.kernels import first_line
+from ossquant.runtime.kernels import check_alive, first_line
 from ossquant.units import size
 
 # what transformers 5.23 asks for: replace_with_mxfp4_linear and Mxfp4HfQuantizer.validate_environment
@@ -128,17 +127,10 @@ def _free(device: torch.device) -> int:
 
 
 def _settle(device: torch.device, said: str) -> None:
-    """Give back what the trial took. After an illegal access a GPU refuses all that follows, which is said here."""
-    if device.type != "cuda":
-        return
-    try:
-        torch.cuda.synchronize(device)
+    """See that a device still works, and give back what the trial took."""
+    check_alive(device, f"transformers' MXFP4 kernels ({said})", "own")
+    if device.type == "cuda":
         torch.cuda.empty_cache()
-    except RuntimeError as error:
-        raise UnsupportedError(
-            f"transformers' MXFP4 kernels have left {device} unusable ({said})",
-            hint="load_model(..., kernels='own')",
-        ) from error
 
 
 def _kernels_requirement() -> str:
