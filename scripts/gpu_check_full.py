@@ -30,10 +30,10 @@ from ossquant.place import part_bytes
 from ossquant.plan import Plan, make_plan
 from ossquant.recipe import built_in
 from ossquant.runtime.generate import continue_prompt
+from ossquant.runtime.host_trial import NEVER
 from ossquant.runtime.load import load_model, placement
 from ossquant.runtime.pinned import cuda_page_lock, lock_parameters
 from ossquant.runtime.streaming import CopiedAhead
-from ossquant.runtime.trial import NEVER
 from ossquant.spec import ModelSpec
 from ossquant.units import GIB, size
 

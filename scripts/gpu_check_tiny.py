@@ -17,11 +17,11 @@ from ossquant.recipe import built_in
 from ossquant.runtime.attention import IMPLEMENTATIONS
 from ossquant.runtime.fixed_cache import CACHE
 from ossquant.runtime.generate import generate
-from ossquant.runtime.kernel_experts import KernelExperts
+from ossquant.runtime.host_trial import NEVER
+from ossquant.runtime.hub_experts import KernelExperts
+from ossquant.runtime.hub_kernels import CapabilityOf, cuda_capability, obstacle, use_mxfp4_kernels
 from ossquant.runtime.load import DTYPES, load_model, placement
-from ossquant.runtime.mxfp4_kernels import CapabilityOf, cuda_capability, obstacle, use_mxfp4_kernels
 from ossquant.runtime.pinned import cuda_page_lock, lock_parameters
-from ossquant.runtime.trial import NEVER
 
 sys.path.append(str(ROOT / "tests/runtime"))  # the reference is the tests'
 from reference import reference_model

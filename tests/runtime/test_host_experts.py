@@ -12,8 +12,8 @@ from mlock import Mlock, locked_bytes
 
 from ossquant.runtime.experts import NativeMxfp4Experts
 from ossquant.runtime.host_experts import HostExperts, settle
+from ossquant.runtime.host_trial import NEVER, crossing
 from ossquant.runtime.pinned import PageLock, Refused
-from ossquant.runtime.trial import NEVER, crossing
 
 SLOW = 0.05  # seconds; more than the other device takes
 TOOK_OVER = "experts on the host: page-locked; always copied over"

@@ -16,8 +16,8 @@ from ossquant.memory.transformers import activation_bytes, kv_cache_bytes
 from ossquant.place import HOST_RESERVE, part_bytes
 from ossquant.plan import make_plan
 from ossquant.recipe import built_in
+from ossquant.runtime.host_trial import NEVER
 from ossquant.runtime.load import DEFAULT_CONTEXT, load_model, placement
-from ossquant.runtime.trial import NEVER
 from ossquant.spec import ModelSpec
 from ossquant.units import GIB
 

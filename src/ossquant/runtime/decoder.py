@@ -19,7 +19,7 @@ from ossquant.errors import UsageError
 from ossquant.runtime import sink_attention
 from ossquant.runtime.cuda_graphs import Capture, Compute, CudaGraphs
 from ossquant.runtime.fixed_cache import CACHE, FixedCache, PromptCache
-from ossquant.runtime.kernel_experts import KernelMlp
+from ossquant.runtime.hub_experts import KernelMlp
 from ossquant.runtime.kernels import check_alive, first_line
 
 LEAST_SPAN = 1024  # slots that a graph's attention looks at; other graphs look at twice, four times, ... as many

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ossquant.place import DISK, HOST, DevicePlan
 from ossquant.runtime.experts import NativeMxfp4Experts
 from ossquant.runtime.host_experts import HostExperts, settle
-from ossquant.runtime.trial import NEVER
+from ossquant.runtime.host_trial import NEVER
 
 
 def dispatch(model: nn.Module, devices: DevicePlan, say: Callable[[str], None] = lambda line: None) -> None:

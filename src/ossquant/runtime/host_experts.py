@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ossquant.runtime.experts import NativeMxfp4Experts
+from ossquant.runtime.host_trial import NEVER, fault_of_copying_ahead, tokens_worth_streaming
 from ossquant.runtime.pinned import PageLock, Refused, cuda_page_lock, lock_parameters
-from ossquant.runtime.trial import NEVER, fault_of_copying_ahead, tokens_worth_streaming
 
 # who locks pages for copies to a device; None where nobody does
 FindPageLock = Callable[[str], PageLock | None]

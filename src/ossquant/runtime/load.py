@@ -32,8 +32,8 @@ from ossquant.runtime.decode_kernels import use_decode_kernels
 from ossquant.runtime.decoder import attach_decoder
 from ossquant.runtime.devices import place
 from ossquant.runtime.dispatch import dispatch
-from ossquant.runtime.kernel_experts import KernelExperts
-from ossquant.runtime.mxfp4_kernels import use_mxfp4_kernels
+from ossquant.runtime.hub_experts import KernelExperts
+from ossquant.runtime.hub_kernels import use_mxfp4_kernels
 from ossquant.runtime.quantizer import METHOD, parameters_4bit
 from ossquant.units import count, nearest, size
 

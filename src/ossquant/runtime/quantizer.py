@@ -25,7 +25,7 @@ from ossquant.layout import Role
 from ossquant.plan import QUANTIZED, Plan, make_plan, read_plan
 from ossquant.recipe import parse_recipe
 from ossquant.runtime.experts import Linear4bitExperts, NativeMxfp4Experts, linear4bit
-from ossquant.runtime.kernel_experts import KernelExperts, cannot_be
+from ossquant.runtime.hub_experts import KernelExperts, cannot_be
 from ossquant.scheme import Scheme, expert_name
 from ossquant.spec import ModelSpec
 

@@ -6,19 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from kernels_stand_in import Behaviour, stand_in
+from hub_stand_in import Behaviour, stand_in
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from gpu_check_case import Setting, SkipCase
 from gpu_check_tiny import check_kernels
 from ossquant.errors import OssquantError, UnsupportedError, UsageError
-from ossquant.runtime import mxfp4_kernels
+from ossquant.runtime import hub_kernels
 from ossquant.runtime.experts import NativeMxfp4Experts
 from ossquant.runtime.generate import generate
-from ossquant.runtime.kernel_experts import KernelExperts
-from ossquant.runtime.kernel_trial import TOLERANCE, try_kernels
+from ossquant.runtime.hub_experts import KernelExperts
+from ossquant.runtime.hub_kernels import obstacle, use_mxfp4_kernels
+from ossquant.runtime.hub_trial import TOLERANCE, try_kernels
 from ossquant.runtime.load import load_model, placement
-from ossquant.runtime.mxfp4_kernels import obstacle, use_mxfp4_kernels
 from ossquant.runtime.quantizer import parameters_4bit
 
 HOPPER = (9, 0)
@@ -33,9 +33,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
 
     def bring(**behaviour: Any) -> Behaviour:
         made = Behaviour(**behaviour)
-        monkeypatch.setattr(mxfp4_kernels, "is_kernels_available", lambda: True)
-        monkeypatch.setattr(mxfp4_kernels, "is_triton_available", lambda version: True)
-        monkeypatch.setattr(mxfp4_kernels, "get_kernel", lambda name, version: stand_in(made))
+        monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: True)
+        monkeypatch.setattr(hub_kernels, "is_triton_available", lambda version: True)
+        monkeypatch.setattr(hub_kernels, "get_kernel", lambda name, version: stand_in(made))
         return made
 
     return bring
@@ -82,8 +82,8 @@ def test_obstacles(
     trained: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """What keeps the kernels from being used is found before anything is fetched, and said with its cure."""
-    monkeypatch.setattr(mxfp4_kernels, "is_triton_available", lambda version: triton)
-    monkeypatch.setattr(mxfp4_kernels, "is_kernels_available", lambda: kernels)
+    monkeypatch.setattr(hub_kernels, "is_triton_available", lambda version: triton)
+    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: kernels)
     model, _ = load_model(trained, scheme="mxfp4")
     mlp = model.model.layers[0].mlp
     mlp.experts.gate.limit = limit
@@ -113,7 +113,7 @@ def test_every_part_counts(trained: Path, install: Install) -> None:
     made = install()
     model, _ = load_model(trained, scheme="mxfp4")
     mlp = model.model.layers[0].mlp
-    mxfp4_kernels.mxfp4.triton_kernels_hub = stand_in(made)
+    hub_kernels.mxfp4.triton_kernels_hub = stand_in(made)
     assert try_kernels(mlp, model.config, CPU)[1].error < TOLERANCE / 2
     for slip in ("no limit", "no bias", "scattered wrongly"):
         made.slip = slip
@@ -197,7 +197,7 @@ def test_nothing_to_say(capability: tuple[int, int] | None, trained: Path) -> No
 
 def test_missing_package_is_said(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU that could run them a missing package is named, and nothing is fetched."""
-    monkeypatch.setattr(mxfp4_kernels, "is_kernels_available", lambda: False)
+    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: False)
     model, _ = load_model(trained, scheme="mxfp4")
     (said,) = decide(model)
     assert "not used: they need the package kernels: pip install 'kernels>=" in said

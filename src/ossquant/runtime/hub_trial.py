@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ossquant.memory.transformers import PREFILL_CHUNK
-from ossquant.runtime.kernel_experts import KernelMlp, kernel_mlp
+from ossquant.runtime.hub_experts import KernelMlp, kernel_mlp
 
 # Tokens: alone, fewer than an expert's tile, a chunk of a prompt, and enough for the kernels' largest tiles
 CHECKED = (1, 48, PREFILL_CHUNK, 4096)

@@ -15,8 +15,8 @@ from transformers.utils import import_utils, is_kernels_available, is_triton_ava
 
 from ossquant.detect import available_host_memory
 from ossquant.runtime.experts import NativeMxfp4Experts
-from ossquant.runtime.kernel_experts import empty_experts, kernel_mlp
-from ossquant.runtime.kernel_trial import TOLERANCE, Trial, try_kernels
+from ossquant.runtime.hub_experts import empty_experts, kernel_mlp
+from ossquant.runtime.hub_trial import TOLERANCE, Trial, try_kernels
 from ossquant.runtime.kernels import check_alive, first_line
 from ossquant.units import size
 
