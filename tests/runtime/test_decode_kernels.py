@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ossquant import load_model
 from ossquant.errors import UnsupportedError
 from ossquant.runtime import expert_kernels
 from ossquant.runtime.chosen import FEW_TOKENS
-from ossquant.runtime.decode_kernels import chosen_experts, use_decode_kernels
+from ossquant.runtime.decode_kernels import TOLERANCE, chosen_experts, error_of, use_decode_kernels
 from ossquant.runtime.kernels import check_alive
 
 CPU = "cpu"  # where Triton's interpreter stands for a GPU
@@ -126,6 +127,25 @@ def test_kernels_that_give_no_number_are_left(trained: Path) -> None:
     with torch.no_grad():
         model.model.layers[0].mlp.experts.down_proj_bias.fill_(torch.nan)
     assert "off by nan" in decided(model)
+    assert chosen(model) == [False] * 4
+
+
+@pytest.mark.parametrize("tokens", (1, FEW_TOKENS))
+def test_the_trial_reaches_the_limit_of_the_gate(tokens: int, model: Any) -> None:
+    """Kernels that knew no limit would be found out: some of the tokens that are tried go beyond it."""
+    layer = model.model.layers[0].mlp.experts
+    right = chosen_experts(layer)
+    assert error_of(layer, right, tokens) <= TOLERANCE[torch.float32]
+    assert error_of(layer, replace(right, limit=1e9), tokens) > TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("scheme", ("hybrid", "nf4"))
+def test_moving_a_model_forgets_the_addresses(scheme: str, trained: Path) -> None:
+    """Not all that kernels read is compared at each call, so whatever touches weights ends their use."""
+    model, _ = load_model(trained, scheme=scheme, dtype="float32")
+    for layer in model.model.layers:
+        layer.mlp.experts.chosen = chosen_experts(layer.mlp.experts)
+    model.to("cpu")
     assert chosen(model) == [False] * 4
 
 

@@ -189,6 +189,17 @@ def test_a_larger_cache_takes_the_place_of_the_smaller(model: Any, monkeypatch: 
         assert given_back == [True]
 
 
+def test_room_for_one_token(model: Any) -> None:
+    """A model that was loaded for a single token has somewhere else to try a graph, and none before the first slot."""
+    captured = use(model, record)
+    setattr(model, ATTRIBUTE, Decoder(model, 1, captured.capture))
+    assert continued(model, 1, 4, "auto") == continued(model, 1, 4, "dynamic")
+    assert getattr(model, ATTRIBUTE).capture
+    setattr(model, ATTRIBUTE, Decoder(model, 1, captured.capture))
+    getattr(model, ATTRIBUTE).warm_up()
+    assert getattr(model, ATTRIBUTE)._replays
+
+
 def test_no_more_slots_than_planned(model: Any) -> None:
     """The plan counts a slot a token of max_model_len, whether that is a power of two or not."""
     setattr(model, ATTRIBUTE, Decoder(model, 1100, None))

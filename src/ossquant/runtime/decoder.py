@@ -23,6 +23,7 @@ from ossquant.runtime.hub_experts import KernelMlp
 from ossquant.runtime.kernels import check_alive, first_line
 
 LEAST_SPAN = 1024  # slots that a graph's attention looks at; other graphs look at twice, four times, ... as many
+LEAST_SLOTS = 2  # one to try a graph in beside the one where it was captured
 # of logits, by norm: kernels may be chosen otherwise for a capture; another token's are off by more than 1
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 ATTRIBUTE = "ossquant_decoder"  # of a model
@@ -112,7 +113,7 @@ class Decoder:
 
     def _new_cache(self, tokens: int) -> FixedCache:
         model = self._model
-        longest = min(max(tokens, self.max_model_len), model.config.max_position_embeddings)
+        longest = min(max(tokens, self.max_model_len, LEAST_SLOTS), model.config.max_position_embeddings)
         return FixedCache(model.config, min(span_of(tokens), longest), model.dtype, model.device)
 
     def _forward(self, *args: Any, **arguments: Any) -> Any:
